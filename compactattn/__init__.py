@@ -1,0 +1,36 @@
+"""compactattn: minimal block tables for chunked prefill over a paged KV cache."""
+
+from compactattn.attention import attend
+from compactattn.check import check
+from compactattn.data import BlockTable, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
+from compactattn.pipeline import prefill, select_table
+from compactattn.selection import select
+from compactattn.selectors import Dense, FlashPrefill, Oracle, Selector, XAttention
+from compactattn.summary import summarize
+from compactattn.table import build_table
+from compactattn.union import unite
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockTable",
+    "Dense",
+    "FlashPrefill",
+    "GroupMask",
+    "KVSummary",
+    "Oracle",
+    "PagedKV",
+    "PrefillBatch",
+    "SelectionMask",
+    "Selector",
+    "XAttention",
+    "__version__",
+    "attend",
+    "build_table",
+    "check",
+    "prefill",
+    "select",
+    "select_table",
+    "summarize",
+    "unite",
+]

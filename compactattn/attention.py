@@ -1,0 +1,83 @@
+"""Stage 4: exact attention over the blocks that a table names, read in place from the paged cache."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from compactattn.data import BlockTable, PagedKV, PrefillBatch
+from compactattn.dispatch import resolve_backend
+from compactattn.validation import check_out, check_queries, check_table, resolve_scale
+
+
+@overload
+def attend(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attend(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    *,
+    scale: float | None = ...,
+    return_lse: bool,
+    out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def attend(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the visible tokens of its row's blocks.
+
+    Args:
+        q: [T, Hq, D], float16, bfloat16 or float32, the cache's dtype, last dimension contiguous.
+        kv: the paged cache, this step's keys and values included.
+        batch: the lengths; query i of request b stands at `past_len + i` and sees keys at or before it.
+        table: which blocks each (head, query block) reads; any strictly ascending rows are valid.
+        scale: softmax scale, default D^-0.5.
+        return_lse: also return the log-sum-exp of the scaled scores, natural log, float32 [T, Hq].
+        out: where to write the result, [T, Hq, D] of q's dtype; must not overlap q.
+        backend: None (by device), "triton" or "numba".
+
+    Returns:
+        out [T, Hq, D], or (out, lse). A query with nothing to see gets out 0 and lse -inf; rows at or beyond
+        `cu_seqlens_q[B]` are unspecified. Accumulation is in float32; float32 inputs use IEEE products.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or stride, inputs that require gradients, or a backend that cannot
+            run, before anything runs.
+    """
+    check_queries(q, kv, batch)
+    check_table(table, q, kv, batch)
+    check_out(out, q)
+    chosen = resolve_backend(backend, q.device)
+    scale = resolve_scale(scale, q.shape[-1])
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+    if chosen == "triton":
+        from compactattn._triton.attention import attend as run
+    else:
+        from compactattn._numba.attention import attend as run
+    run(q, kv, batch, table, scale, out, lse)
+    return out if lse is None else (out, lse)

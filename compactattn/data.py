@@ -1,0 +1,351 @@
+"""The data of one chunked-prefill step: frozen records of tensors.
+
+Symbols, as in the paper and everywhere in this library: `B` requests, `T` packed query tokens, `Hq` query heads,
+`Hkv` KV heads, `G = Hq / Hkv`, `D` head dimension, `Qb` query blocks, `Kb` KV blocks, `R` table rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from compactattn.validation import (
+    BLOCK_SIZES,
+    HEAD_DIMS,
+    QUERY_BLOCKS,
+    check_choice,
+    check_int,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    fail,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefillBatch:
+    """The lengths of one step: ragged requests, packed one after the other.
+
+    Attributes:
+        cu_seqlens_q: int32 [B + 1]; request b owns query rows `cu_seqlens_q[b]` up to `cu_seqlens_q[b + 1]`.
+        seq_lens: int32 [B]; keys in the cache of each request, *including* this step's.
+        max_q_len: host int, an upper bound for every request's number of queries in this step.
+        max_seq_len: host int, an upper bound for every entry of `seq_lens`.
+        prompt_lens: int32 [B] or None; length of each whole prompt, needed by `dense_last_blocks` only.
+
+    Raises:
+        ValueError: a wrong type, dtype, shape or device, or `max_q_len > max_seq_len`.
+    """
+
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    max_q_len: int
+    max_seq_len: int
+    prompt_lens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_tensor("cu_seqlens_q", self.cu_seqlens_q, ndim=1, dtype=torch.int32)
+        check_tensor("seq_lens", self.seq_lens, ndim=1, dtype=torch.int32)
+        check_int("max_q_len", self.max_q_len, 0)
+        check_int("max_seq_len", self.max_seq_len, 0)
+        if self.seq_lens.shape[0] < 1:
+            raise fail("seq_lens", "at least one request", "none")
+        requests = self.seq_lens.shape[0]
+        check_shape("cu_seqlens_q", self.cu_seqlens_q, (requests + 1,), "one more than the requests in seq_lens")
+        check_same_device("seq_lens", self.seq_lens, self.cu_seqlens_q.device)
+        if self.max_q_len > self.max_seq_len:
+            raise fail("max_q_len", f"at most max_seq_len {self.max_seq_len}", self.max_q_len)
+        for name, tensor in (("cu_seqlens_q", self.cu_seqlens_q), ("seq_lens", self.seq_lens)):
+            if not tensor.is_contiguous():
+                raise fail(name, "a contiguous tensor", f"strides {tensor.stride()}")
+        if self.prompt_lens is not None:
+            check_tensor("prompt_lens", self.prompt_lens, ndim=1, dtype=torch.int32)
+            check_shape("prompt_lens", self.prompt_lens, (requests,), "one per request")
+            check_same_device("prompt_lens", self.prompt_lens, self.cu_seqlens_q.device)
+            if not self.prompt_lens.is_contiguous():
+                raise fail("prompt_lens", "a contiguous tensor", f"strides {self.prompt_lens.stride()}")
+
+    @classmethod
+    def from_lens(
+        cls,
+        q_lens: Sequence[int],
+        seq_lens: Sequence[int],
+        device: torch.device | str = "cpu",
+        prompt_lens: Sequence[int] | None = None,
+    ) -> PrefillBatch:
+        """Build a batch from Python ints; the bounds are the largest lengths.
+
+        Raises:
+            ValueError: lists of different length, a negative length, `q_len > seq_len`, `seq_len > prompt_len`.
+        """
+        if len(q_lens) != len(seq_lens):
+            raise fail("seq_lens", f"{len(q_lens)} entries, as in q_lens", len(seq_lens))
+        if not q_lens:
+            raise fail("q_lens", "at least one request", "none")
+        for b, (q_len, seq_len) in enumerate(zip(q_lens, seq_lens, strict=True)):
+            check_int(f"q_lens[{b}]", q_len, 0)
+            check_int(f"seq_lens[{b}]", seq_len, 0)
+            if q_len > seq_len:
+                raise fail(f"q_lens[{b}]", f"at most seq_lens[{b}] = {seq_len}", q_len)
+        prompts = None
+        if prompt_lens is not None:
+            if len(prompt_lens) != len(seq_lens):
+                raise fail("prompt_lens", f"{len(seq_lens)} entries, as in seq_lens", len(prompt_lens))
+            for b, (seq_len, prompt_len) in enumerate(zip(seq_lens, prompt_lens, strict=True)):
+                check_int(f"prompt_lens[{b}]", prompt_len, seq_len)
+            prompts = torch.tensor(list(prompt_lens), dtype=torch.int32, device=device)
+        starts = [0]
+        for q_len in q_lens:
+            starts.append(starts[-1] + q_len)
+        return cls(
+            cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(list(seq_lens), dtype=torch.int32, device=device),
+            max_q_len=max(q_lens),
+            max_seq_len=max(seq_lens),
+            prompt_lens=prompts,
+        )
+
+    @property
+    def size(self) -> int:
+        """B, the number of requests."""
+        return self.seq_lens.shape[0]
+
+    @property
+    def q_lens(self) -> Tensor:
+        """int32 [B]: queries of each request in this step."""
+        return self.cu_seqlens_q[1:] - self.cu_seqlens_q[:-1]
+
+    @property
+    def past_lens(self) -> Tensor:
+        """int32 [B]: keys that were in the cache before this step, `seq_lens - q_lens`."""
+        return self.seq_lens - self.q_lens
+
+    def query_blocks(self, query_block: int) -> int:
+        """Qb = ceil(max_q_len / query_block)."""
+        return -(-self.max_q_len // query_block)
+
+    def kv_blocks(self, block_size: int) -> int:
+        """Kb = ceil(max_seq_len / block_size)."""
+        return -(-self.max_seq_len // block_size)
+
+
+@dataclass(frozen=True, eq=False)
+class PagedKV:
+    """A paged KV cache, read in place.
+
+    Attributes:
+        k, v: [num_pages, page_size, Hkv, D], float16, bfloat16 or float32; any strides, last dimension
+            contiguous. Token-major (NHD) and head-major (HND) caches are both views of this shape.
+        page_table: int32 [B, max_pages]; page n of request b holds its tokens `n * page_size` onwards.
+
+    Raises:
+        ValueError: a wrong type, dtype, shape, stride or device, a head dimension outside 64, 80, 96, 128, 192,
+            256, a value dimension other than D, or a page size that is no power of two of at least 16.
+    """
+
+    k: Tensor
+    v: Tensor
+    page_table: Tensor
+
+    def __post_init__(self) -> None:
+        check_tensor("k", self.k, ndim=4)
+        check_tensor("v", self.v, ndim=4)
+        check_tensor("page_table", self.page_table, ndim=2, dtype=torch.int32)
+        if not self.k.dtype.is_floating_point:
+            raise fail("k", "dtype float16, bfloat16 or float32", self.k.dtype)
+        if self.v.shape[-1] != self.k.shape[-1]:
+            raise fail("v", f"value dimension {self.k.shape[-1]}, the same as k's", self.v.shape[-1])
+        check_shape("v", self.v, tuple(self.k.shape), "that of k")
+        if self.v.dtype != self.k.dtype:
+            raise fail("v", f"dtype {self.k.dtype}, as k", self.v.dtype)
+        check_same_device("v", self.v, self.k.device)
+        check_same_device("page_table", self.page_table, self.k.device)
+        check_choice("head dimension of k", self.head_dim, HEAD_DIMS)
+        page_size = self.page_size
+        if page_size < 16 or page_size & (page_size - 1):
+            raise fail("page_size", "a power of two of at least 16", page_size)
+        if self.num_kv_heads < 1 or self.k.shape[0] < 1:
+            raise fail("k", "at least one page and one KV head", f"shape {tuple(self.k.shape)}")
+        for name, tensor in (("k", self.k), ("v", self.v), ("page_table", self.page_table)):
+            if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+                raise fail(name, "a contiguous last dimension (stride 1)", f"strides {tensor.stride()}")
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[3]
+
+    @classmethod
+    def from_contiguous(cls, k: Tensor, v: Tensor, page_size: int) -> PagedKV:
+        """See keys and values of shape [B, L, Hkv, D] as a paged cache.
+
+        Any strides with a contiguous last dimension: [B, Hkv, L, D] caches transposed, slices of a longer cache.
+        When L is a multiple of `page_size` the result is a view (`as_strided`; the page table skips what lies
+        between requests, so `num_pages` can exceed B · L / page_size). Otherwise, and where k and v are laid out
+        so differently that one page table cannot serve both, k and v are copied once, padded with zeros.
+
+        Raises:
+            ValueError: shapes that differ or are not 4-D, L = 0, or whatever `PagedKV` refuses.
+        """
+        check_tensor("k", k, ndim=4)
+        check_tensor("v", v, ndim=4)
+        check_shape("v", v, tuple(k.shape), "that of k")
+        check_int("page_size", page_size, 16)
+        requests, length = k.shape[:2]
+        if requests < 1 or length < 1:
+            raise fail("k", "at least one request and one token", f"shape {tuple(k.shape)}")
+        pages = -(-length // page_size)
+        paging = _page_strides(k, v, page_size) if length % page_size == 0 else None
+        if paging is None:
+            padding = (0, 0, 0, 0, 0, pages * page_size - length)
+            k = torch.nn.functional.pad(k, padding).contiguous()
+            v = torch.nn.functional.pad(v, padding).contiguous()
+            paging = _page_strides(k, v, page_size)
+            assert paging is not None
+        page_stride_k, page_stride_v, pages_per_request, step = paging
+        table = (
+            torch.arange(requests, dtype=torch.int32, device=k.device)[:, None] * pages_per_request
+            + torch.arange(pages, dtype=torch.int32, device=k.device) * step
+        )
+        num_pages = (requests - 1) * pages_per_request + (pages - 1) * step + 1
+        shape = (num_pages, page_size, *k.shape[2:])
+        return cls(
+            k.as_strided(shape, (page_stride_k, *k.stride()[1:])),
+            v.as_strided(shape, (page_stride_v, *v.stride()[1:])),
+            table,
+        )
+
+
+def _page_strides(k: Tensor, v: Tensor, page_size: int) -> tuple[int, int, int, int] | None:
+    """See [B, L, Hkv, D] as pages: (page stride of k, page stride of v, id step per request, id step per page).
+
+    The page stride is the greatest common divisor of the distance between requests and that between pages, so
+    every page of every request has an id; None where k and v would need different ids.
+    """
+    requests = k.shape[0]
+    strides = []
+    for tensor in (k, v):
+        between_requests = tensor.stride(0) if requests > 1 else 0
+        between_pages = page_size * tensor.stride(1)
+        if between_pages == 0:
+            return None
+        unit = gcd(between_requests, between_pages)
+        strides.append((unit, between_requests // unit, between_pages // unit))
+    (unit_k, *ids_k), (unit_v, *ids_v) = strides
+    if ids_k != ids_v:
+        return None
+    return unit_k, unit_v, ids_k[0], ids_k[1]
+
+
+@dataclass(frozen=True, eq=False)
+class KVSummary:
+    """Means of the cached keys (and values), kept beside the cache and extended chunk by chunk.
+
+    Attributes:
+        k_mean: float32 [num_pages, page_size // unit, Hkv, D]; mean over each `unit` tokens of a page, the last
+            unit of a request over its valid tokens only.
+        v_mean: the same of the values, or None.
+        unit: tokens per mean, `min(page_size, block_size)`.
+    """
+
+    k_mean: Tensor
+    v_mean: Tensor | None
+    unit: int
+
+    def __post_init__(self) -> None:
+        check_tensor("k_mean", self.k_mean, ndim=4, dtype=torch.float32)
+        check_int("unit", self.unit, 1)
+        if self.v_mean is not None:
+            check_tensor("v_mean", self.v_mean, ndim=4, dtype=torch.float32)
+            check_shape("v_mean", self.v_mean, tuple(self.k_mean.shape), "that of k_mean")
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionMask:
+    """What a selector proposes, per query head and query block.
+
+    Attributes:
+        mask: bool [B, Hq, Qb, Kb]; bits of padded or invisible blocks carry no meaning.
+        block_size, query_block: tokens per KV block and queries per query block.
+        dense_last_blocks: the selector's setting of that name; `unite` gives the query blocks at the end of the
+            prompt a table row of their own when it is positive and the batch has `prompt_lens`.
+    """
+
+    mask: Tensor
+    block_size: int
+    query_block: int
+    dense_last_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        check_tensor("mask", self.mask, ndim=4, dtype=torch.bool)
+        _check_block_sizes(self.block_size, self.query_block)
+        check_int("dense_last_blocks", self.dense_last_blocks, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMask:
+    """The union over each execution group.
+
+    Attributes:
+        keep: bool [R, Kb]; the KV blocks that each row's table will list.
+        rows: int32 [B, Hq, Qb]; the row that each (head, query block) uses.
+        block_size, query_block: tokens per KV block and queries per query block.
+    """
+
+    keep: Tensor
+    rows: Tensor
+    block_size: int
+    query_block: int
+
+    def __post_init__(self) -> None:
+        check_tensor("keep", self.keep, ndim=2, dtype=torch.bool)
+        check_tensor("rows", self.rows, ndim=3, dtype=torch.int32)
+        check_same_device("rows", self.rows, self.keep.device)
+        _check_block_sizes(self.block_size, self.query_block)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """The minimal block table: per row the logical KV blocks to read.
+
+    Attributes:
+        indices: int32 [R, Kb]; strictly ascending logical KV block ids, the first `counts[r]` valid. The rest is
+            unspecified and never read.
+        counts: int32 [R]; 0 for rows that nobody uses.
+        rows: int32 [B, Hq, Qb]; the row that each (head, query block) uses.
+        block_size, query_block: tokens per KV block and queries per query block.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    rows: Tensor
+    block_size: int
+    query_block: int
+
+    def __post_init__(self) -> None:
+        check_tensor("indices", self.indices, ndim=2, dtype=torch.int32)
+        check_tensor("counts", self.counts, ndim=1, dtype=torch.int32)
+        check_tensor("rows", self.rows, ndim=3, dtype=torch.int32)
+        check_shape("counts", self.counts, (self.indices.shape[0],), "one per row of indices")
+        check_same_device("counts", self.counts, self.indices.device)
+        check_same_device("rows", self.rows, self.indices.device)
+        for name, tensor in (("indices", self.indices), ("counts", self.counts), ("rows", self.rows)):
+            if not tensor.is_contiguous():
+                raise fail(name, "a contiguous tensor", f"strides {tensor.stride()}")
+        _check_block_sizes(self.block_size, self.query_block)
+
+
+def _check_block_sizes(block_size: int, query_block: int) -> None:
+    check_choice("block_size", block_size, BLOCK_SIZES)
+    check_choice("query_block", query_block, QUERY_BLOCKS)

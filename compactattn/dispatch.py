@@ -1,0 +1,50 @@
+"""Which backend runs: Triton for CUDA tensors, numba for CPU tensors, or the one that was asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+
+from compactattn.validation import fail
+
+Backend = Literal["triton", "numba"]
+BACKENDS: tuple[Backend, ...] = ("triton", "numba")
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> Backend:
+    """The backend for tensors on `device`; never a silent fallback.
+
+    Raises:
+        ValueError: an unknown name, a device that no backend serves, or a backend that cannot run here; the
+            message names the valid ones.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise fail("backend", "None, 'triton' or 'numba'", repr(backend))
+    if device.type not in ("cuda", "cpu"):
+        raise fail("backend", "tensors on a CUDA device ('triton') or on the CPU ('numba')", f"{device} tensors")
+    chosen: Backend = "triton" if device.type == "cuda" else "numba"
+    if backend is not None and backend != chosen:
+        reason = unavailable(backend, device)
+        if reason is not None:
+            raise fail("backend", f"{chosen!r} (or None) for {device.type} tensors", f"{backend!r}: {reason}")
+        chosen = "triton"
+    elif chosen == "triton" and importlib.util.find_spec("triton") is None:
+        raise fail("backend", "an installed triton for CUDA tensors", "none")
+    return chosen
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run tensors on `device`, or None if it can."""
+    if backend == "numba":
+        return None if device.type == "cpu" else "the numba backend runs CPU tensors only"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    from compactattn._triton import INTERPRETED
+
+    if INTERPRETED:
+        return None
+    return "on CPU tensors Triton runs only under its interpreter (TRITON_INTERPRET=1, set before triton is imported)"

@@ -1,0 +1,130 @@
+"""One chunked-prefill step, whole. Read this file first.
+
+    select -> unite -> build_table -> attend
+      which blocks does     which lists must     the minimal       softmax attention over
+      each head want?       be one list?         list per row      the pages the list names
+
+`prefill` gives exactly what the four stages give one after the other. For `FlashPrefill` the first three are fused:
+scores go straight to tables, and no mask is ever written.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compactattn.attention import attend
+from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
+from compactattn.dispatch import resolve_backend
+from compactattn.selection import select
+from compactattn.selectors import FlashPrefill, Selector, check_selector
+from compactattn.summary import summarize
+from compactattn.table import build_table
+from compactattn.union import span_blocks, unite
+from compactattn.validation import (
+    check_blocks,
+    check_heads_per_group,
+    check_int,
+    check_out,
+    check_queries,
+    check_summary,
+    resolve_scale,
+)
+
+
+def prefill(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    *,
+    selector: Selector,
+    heads_per_group: int,
+    query_blocks_per_span: int | None = None,
+    scale: float | None = None,
+    summary: KVSummary | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Sparse attention of one chunk of queries over a paged KV cache that already holds the chunk.
+
+    Equals `attend(q, kv, batch, build_table(unite(select(q, ...))))`: the same tables, the same bits. On a GPU no
+    stage copies K or V or reads a device value on the host, so a call can be captured in a CUDA graph and replayed
+    with other lengths, page ids and contents within the batch's bounds.
+
+    Args:
+        q: [T, Hq, D], packed queries after RoPE, the cache's dtype.
+        kv: the paged cache, this step's keys and values included.
+        batch: the lengths of the step.
+        selector: what proposes the blocks.
+        heads_per_group: adjacent query heads of one KV group that share a table; divides Hq / Hkv.
+        query_blocks_per_span: adjacent query blocks that share a table; None is the whole chunk.
+        scale: softmax scale, default D^-0.5.
+        summary: key means kept beside the cache; brought up to date for this chunk first.
+        return_lse: also return the log-sum-exp, natural log, float32 [T, Hq].
+        out: where to write the result, [T, Hq, D].
+        backend: None (by device), "triton" or "numba".
+
+    Returns:
+        out [T, Hq, D], or (out, lse float32 [T, Hq]).
+
+    Raises:
+        ValueError: wrong shape, dtype, device or stride, or a backend that cannot run, before anything runs.
+    """
+    check_out(out, q)
+    table = select_table(
+        q,
+        kv,
+        batch,
+        selector=selector,
+        heads_per_group=heads_per_group,
+        query_blocks_per_span=query_blocks_per_span,
+        scale=scale,
+        summary=summary,
+        backend=backend,
+    )
+    return attend(q, kv, batch, table, scale=scale, return_lse=return_lse, out=out, backend=backend)
+
+
+def select_table(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    *,
+    selector: Selector,
+    heads_per_group: int,
+    query_blocks_per_span: int | None = None,
+    scale: float | None = None,
+    summary: KVSummary | None = None,
+    backend: str | None = None,
+) -> BlockTable:
+    """The first three stages of `prefill`, with its arguments: the block tables that it attends over."""
+    check_selector(selector)
+    check_queries(q, kv, batch)
+    check_blocks(kv, selector.block_size)
+    check_heads_per_group(heads_per_group, q.shape[1], q.shape[1] // kv.num_kv_heads)
+    if query_blocks_per_span is not None:
+        check_int("query_blocks_per_span", query_blocks_per_span, 1)
+    if summary is not None:
+        check_summary(summary, kv, selector.block_size)
+    chosen = resolve_backend(backend, q.device)
+    if summary is not None:
+        summarize(kv, batch, block_size=selector.block_size, summary=summary, backend=chosen)
+    if not isinstance(selector, FlashPrefill):
+        selection = select(q, kv, batch, selector, scale=scale, summary=summary, backend=chosen)
+        groups = unite(
+            selection,
+            batch,
+            heads_per_group=heads_per_group,
+            query_blocks_per_span=query_blocks_per_span,
+            backend=chosen,
+        )
+        return build_table(groups, backend=chosen)
+    if chosen == "triton":
+        from compactattn._triton.scores import flash_prefill_scores
+        from compactattn._triton.table import table_from_scores
+    else:
+        from compactattn._numba.scores import flash_prefill_scores
+        from compactattn._numba.table import table_from_scores
+    span = span_blocks(batch.query_blocks(selector.query_block), query_blocks_per_span)
+    scores = flash_prefill_scores(q, kv, batch, selector, scale=resolve_scale(scale, q.shape[-1]), summary=summary)
+    return table_from_scores(scores, batch, selector, heads_per_group, span)

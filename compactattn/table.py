@@ -1,0 +1,27 @@
+"""Stage 3: from united masks to minimal block tables."""
+
+from __future__ import annotations
+
+from compactattn.data import BlockTable, GroupMask
+from compactattn.dispatch import resolve_backend
+
+
+def build_table(groups: GroupMask, *, backend: str | None = None) -> BlockTable:
+    """List the blocks that each row keeps, in strictly ascending order.
+
+    Args:
+        groups: keep bool [R, Kb] and rows int32 [B, Hq, Qb].
+        backend: None (by device), "triton" or "numba".
+
+    Returns:
+        BlockTable: indices int32 [R, Kb], the first counts[r] valid and the rest unspecified; counts int32 [R].
+
+    Raises:
+        ValueError: a backend that cannot run here.
+    """
+    chosen = resolve_backend(backend, groups.keep.device)
+    if chosen == "triton":
+        from compactattn._triton.table import build_table as run
+    else:
+        from compactattn._numba.table import build_table as run
+    return run(groups)

@@ -1,0 +1,175 @@
+"""Checks shared by the data types and the stages: shapes, dtypes, devices and host integers only.
+
+Nothing here reads a tensor's value, so every check is safe on a CUDA tensor without a synchronisation. Each
+failure is a `ValueError` that names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from compactattn.data import BlockTable, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+MAX_HEADS_PER_KV_HEAD = 16
+BLOCK_SIZES = (64, 128, 256)
+QUERY_BLOCKS = (64, 128)
+
+
+def fail(name: str, expected: str, got: object) -> ValueError:
+    """The one wording of every refusal."""
+    return ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_tensor(name: str, value: object, *, ndim: int, dtype: torch.dtype | None = None) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise fail(name, "a torch.Tensor", type(value).__name__)
+    if value.ndim != ndim:
+        raise fail(name, f"{ndim} dimensions", f"shape {tuple(value.shape)}")
+    if dtype is not None and value.dtype != dtype:
+        raise fail(name, f"dtype {dtype}", value.dtype)
+
+
+def check_shape(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(value.shape) != expected:
+        raise fail(name, f"shape {expected} ({meaning})", tuple(value.shape))
+
+
+def check_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise fail(name, f"an int of at least {minimum}", repr(value))
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if isinstance(value, bool) or value not in choices:
+        raise fail(name, "one of " + ", ".join(map(str, choices)), repr(value))
+
+
+def check_fraction(name: str, value: object) -> None:
+    """A finite number from 0 to 1, both included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise fail(name, "a number from 0 to 1", repr(value))
+
+
+def check_same_device(name: str, value: torch.Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise fail(name, f"device {device}, where the queries are", value.device)
+
+
+def check_batch(q: torch.Tensor, batch: PrefillBatch) -> None:
+    check_tensor("q", q, ndim=3)
+    check_same_device("batch", batch.cu_seqlens_q, q.device)
+
+
+def check_queries(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
+    """q [T, Hq, D] beside the cache and the batch that it will be used with."""
+    check_batch(q, batch)
+    if q.dtype not in DTYPES:
+        raise fail("q", "dtype float16, bfloat16 or float32", q.dtype)
+    if q.dtype != kv.k.dtype:
+        raise fail("q", f"the cache's dtype {kv.k.dtype}", q.dtype)
+    if q.stride(-1) != 1 and q.shape[-1] > 1:
+        raise fail("q", "a contiguous last dimension (stride 1)", f"strides {q.stride()}")
+    heads, dim = q.shape[1:]
+    if dim != kv.head_dim:
+        raise fail("q", f"head dimension {kv.head_dim}, as in the cache", dim)
+    if heads < 1 or heads % kv.num_kv_heads:
+        raise fail("q", f"a multiple of the cache's {kv.num_kv_heads} KV heads", f"{heads} heads")
+    if heads // kv.num_kv_heads > MAX_HEADS_PER_KV_HEAD:
+        limit = f"at most {MAX_HEADS_PER_KV_HEAD} query heads per KV head"
+        raise fail("q", limit, f"{heads} over {kv.num_kv_heads} KV heads")
+    if torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad):
+        raise fail("q, k, v", "tensors without gradients (inference only)", "requires_grad=True under grad mode")
+    check_cache(kv, batch, q.device)
+
+
+def check_cache(kv: PagedKV, batch: PrefillBatch, device: torch.device) -> None:
+    """The cache beside the batch: one page-table row per request, wide enough for `max_seq_len`."""
+    check_same_device("kv", kv.k, device)
+    check_same_device("batch", batch.cu_seqlens_q, device)
+    if kv.page_table.shape[0] != batch.size:
+        raise fail("kv.page_table", f"{batch.size} rows, one per request", f"{kv.page_table.shape[0]} rows")
+    capacity = kv.page_table.shape[1] * kv.page_size
+    if batch.max_seq_len > capacity:
+        limit = f"at most the page table's {capacity} tokens ({kv.page_table.shape[1]} pages of {kv.page_size})"
+        raise fail("batch.max_seq_len", limit, batch.max_seq_len)
+
+
+def check_blocks(kv: PagedKV, block_size: int) -> None:
+    check_choice("block_size", block_size, BLOCK_SIZES)
+    if block_size % kv.page_size and kv.page_size % block_size:
+        raise fail("block_size", f"a divisor or a multiple of page_size {kv.page_size}", block_size)
+
+
+def check_summary(summary: KVSummary, kv: PagedKV, block_size: int, *, values: bool = False) -> None:
+    unit = min(kv.page_size, block_size)
+    if summary.unit != unit:
+        raise fail("summary", f"unit {unit} = min(page_size, block_size)", summary.unit)
+    pages, page_size, kv_heads, dim = kv.k.shape
+    shape = (pages, page_size // unit, kv_heads, dim)
+    check_shape("summary.k_mean", summary.k_mean, shape, "num_pages, page_size // unit, Hkv, D")
+    check_same_device("summary.k_mean", summary.k_mean, kv.k.device)
+    if summary.v_mean is not None:
+        check_same_device("summary.v_mean", summary.v_mean, kv.k.device)
+    if values and summary.v_mean is None:
+        raise fail("summary", "a summary with values (summarize(..., values=True))", "v_mean=None")
+
+
+def check_grouping(
+    mask: SelectionMask, batch: PrefillBatch, heads_per_group: int, query_blocks_per_span: int | None
+) -> None:
+    check_same_device("selection.mask", mask.mask, batch.cu_seqlens_q.device)
+    heads = mask.mask.shape[1]
+    extents = (batch.size, heads, batch.query_blocks(mask.query_block), batch.kv_blocks(mask.block_size))
+    check_shape("selection.mask", mask.mask, extents, "B, Hq, Qb, Kb of the batch")
+    check_heads_per_group(heads_per_group, heads)
+    if query_blocks_per_span is not None:
+        check_int("query_blocks_per_span", query_blocks_per_span, 1)
+
+
+def check_heads_per_group(heads_per_group: object, heads: int, per_kv_head: int | None = None) -> None:
+    """`heads_per_group` adjacent heads share a row; where G is known they must lie in one KV group."""
+    check_int("heads_per_group", heads_per_group, 1)
+    assert isinstance(heads_per_group, int)
+    if heads % heads_per_group:
+        raise fail("heads_per_group", f"a divisor of the {heads} query heads", heads_per_group)
+    if per_kv_head is not None and per_kv_head % heads_per_group:
+        raise fail("heads_per_group", f"a divisor of the {per_kv_head} query heads per KV head", heads_per_group)
+
+
+def check_rows(name: str, table: GroupMask | BlockTable, q_heads: int, batch: PrefillBatch) -> None:
+    check_same_device(name, table.rows, batch.cu_seqlens_q.device)
+    extents = (batch.size, q_heads, batch.query_blocks(table.query_block))
+    check_shape(f"{name}.rows", table.rows, extents, "B, Hq, Qb of the batch")
+
+
+def check_table(table: BlockTable, q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
+    check_rows("table", table, q.shape[1], batch)
+    check_blocks(kv, table.block_size)
+    blocks = batch.kv_blocks(table.block_size)
+    if table.indices.shape[1] != blocks:
+        raise fail("table.indices", f"{blocks} columns = Kb of the batch", table.indices.shape[1])
+
+
+def check_out(out: torch.Tensor | None, q: torch.Tensor) -> None:
+    if out is None:
+        return
+    check_tensor("out", out, ndim=3, dtype=q.dtype)
+    check_shape("out", out, tuple(q.shape), "that of q")
+    check_same_device("out", out, q.device)
+    if out.stride(-1) != 1:
+        raise fail("out", "a contiguous last dimension (stride 1)", f"strides {out.stride()}")
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """The softmax scale: D^-0.5 unless given."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise fail("scale", "a finite number or None", repr(scale))
+    return float(scale)

@@ -1,0 +1,21 @@
+"""The method as text: every stage of compactattn in plain PyTorch, written to be read beside the paper.
+
+Same names and arguments as the library (less `backend` and `out`), loops allowed, any device, any floating dtype
+including float64. It uses the fields of the library's records and nothing else, and derives every count itself.
+"""
+
+from reference.attention import attend
+from reference.pipeline import prefill
+from reference.selection import select
+from reference.summary import summarize
+from reference.table import build_table
+from reference.union import unite
+
+__all__ = [
+    "attend",
+    "build_table",
+    "prefill",
+    "select",
+    "summarize",
+    "unite",
+]

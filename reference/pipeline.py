@@ -1,0 +1,33 @@
+"""One chunked-prefill step: select, unite, build the table, attend."""
+
+from __future__ import annotations
+
+import torch
+
+from compactattn.data import KVSummary, PagedKV, PrefillBatch
+from compactattn.selectors import Selector
+from reference.attention import attend
+from reference.selection import select
+from reference.summary import summarize
+from reference.table import build_table
+from reference.union import unite
+
+
+def prefill(
+    q: torch.Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    *,
+    selector: Selector,
+    heads_per_group: int,
+    query_blocks_per_span: int | None = None,
+    scale: float | None = None,
+    summary: KVSummary | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """attend(q, kv, batch, build_table(unite(select(q, ...)))); a given summary is brought up to date first."""
+    if summary is not None:
+        summarize(kv, batch, block_size=selector.block_size, summary=summary)
+    selection = select(q, kv, batch, selector, scale=scale, summary=summary)
+    groups = unite(selection, batch, heads_per_group=heads_per_group, query_blocks_per_span=query_blocks_per_span)
+    return attend(q, kv, batch, build_table(groups), scale=scale, return_lse=return_lse)
