@@ -1,0 +1,24 @@
+"""The Triton backend: one file per stage, each with its kernel, its launcher and its tuning."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+
+
+@triton.jit
+def _probe() -> None:
+    pass
+
+
+#: True when Triton was imported with TRITON_INTERPRET=1: kernels then run in Python, on CPU tensors too.
+INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's CUDA device current for a launch; free when it already is."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

@@ -1,0 +1,427 @@
+"""Attention over block tables, K and V read in place through page table and block table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from compactattn._triton import INTERPRETED, on_device
+from compactattn._triton.union import request_lens
+from compactattn.data import BlockTable, PagedKV, PrefillBatch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _locate(
+    n,
+    blocks,
+    pages,
+    limit,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Where tile n of a row lies: its first token, and its page (or, for pages smaller than a tile, each token's)."""
+    PER_BLOCK: tl.constexpr = BLOCK_SIZE // TILE
+    start = tl.load(blocks + n // PER_BLOCK) * BLOCK_SIZE + n % PER_BLOCK * TILE
+    if PAGE_SIZE >= TILE:
+        page = tl.load(pages + start // PAGE_SIZE)
+    else:
+        position = start + tl.arange(0, TILE)
+        if MASKED:
+            page = tl.load(pages + position // PAGE_SIZE, mask=position < limit, other=0)
+        else:
+            page = tl.load(pages + position // PAGE_SIZE)
+    return start, page
+
+
+@triton.jit
+def _load_tile(
+    cache,
+    stride_page,
+    stride_token,
+    stride_head,
+    start,
+    page,
+    limit,
+    kv_head,
+    PAGE_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Tokens start .. start + TILE of the request, [TILE, DIM_PADDED]; with MASKED, none at or after `limit`."""
+    token = tl.arange(0, TILE)
+    if DESCRIPTOR:  # one page holds the whole tile
+        tile = cache.load([page, start % PAGE_SIZE, kv_head, 0]).reshape(TILE, DIM_PADDED)
+        if MASKED:  # slots that no query may see can hold anything, NaN included
+            tile = tl.where((start + token < limit)[:, None], tile, 0.0)
+    else:
+        dim = tl.arange(0, DIM_PADDED)
+        offset = page.to(tl.int64) * stride_page + ((start + token) % PAGE_SIZE).to(tl.int64) * stride_token
+        pointers = cache + kv_head.to(tl.int64) * stride_head + offset[:, None] + dim[None, :]
+        if MASKED:
+            tile = tl.load(pointers, mask=(start + token < limit)[:, None] & (dim < DIM)[None, :], other=0.0)
+        elif DIM == DIM_PADDED:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(dim < DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _attend_tiles(
+    acc,
+    peak,
+    total,
+    queries,
+    position,
+    first_tile,
+    stop_tile,
+    blocks,
+    pages,
+    limit,
+    kv_head,
+    scale_log2,
+    k,
+    k_stride_page,
+    k_stride_token,
+    k_stride_head,
+    v,
+    v_stride_page,
+    v_stride_token,
+    v_stride_head,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over tiles [first_tile, stop_tile) of the row; MASKED where the causal edge may cut a tile."""
+    if first_tile < stop_tile:
+        # two dependent loads lie between a table entry and its tile: they run one tile ahead
+        start, page = _locate(first_tile, blocks, pages, limit, BLOCK_SIZE, PAGE_SIZE, TILE, MASKED)
+        for n in range(first_tile, stop_tile):
+            keys = _load_tile(
+                k,
+                k_stride_page,
+                k_stride_token,
+                k_stride_head,
+                start,
+                page,
+                limit,
+                kv_head,
+                PAGE_SIZE,
+                DIM,
+                DIM_PADDED,
+                TILE,
+                DESCRIPTOR,
+                MASKED,
+            )
+            s = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            if MASKED:
+                s = tl.where((start + tl.arange(0, TILE))[None, :] <= position[:, None], s, float("-inf"))
+            if POSITIVE_SCALE:
+                new_peak = tl.maximum(peak, tl.max(s, axis=1) * scale_log2)
+                exponent = s * scale_log2
+            else:
+                exponent = tl.where(s == float("-inf"), s, s * scale_log2)
+                new_peak = tl.maximum(peak, tl.max(exponent, axis=1))
+            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+            p = tl.exp2(exponent - shift[:, None])
+            decay = tl.exp2(peak - shift)
+            total = total * decay + tl.sum(p, axis=1)
+            acc = acc * decay[:, None]
+            values = _load_tile(
+                v,
+                v_stride_page,
+                v_stride_token,
+                v_stride_head,
+                start,
+                page,
+                limit,
+                kv_head,
+                PAGE_SIZE,
+                DIM,
+                DIM_PADDED,
+                TILE,
+                DESCRIPTOR,
+                MASKED,
+            )
+            acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
+            peak = new_peak
+            following = tl.minimum(n + 1, stop_tile - 1)
+            start, page = _locate(following, blocks, pages, limit, BLOCK_SIZE, PAGE_SIZE, TILE, MASKED)
+    return acc, peak, total
+
+
+@triton.jit
+def _shared_table(rows, counts, member, group_head, full_count, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr):
+    """May the heads of a KV group walk one table? Yes if they use one row, or if each of their rows is complete."""
+    g = tl.arange(0, GROUP_PADDED)
+    own = tl.load(rows + group_head + g * member, mask=g < GROUP, other=0)
+    one_row = tl.max(tl.where(g < GROUP, own, -1), axis=0) == tl.min(tl.where(g < GROUP, own, 0x7FFFFFFF), axis=0)
+    count = tl.load(counts + own, mask=g < GROUP, other=0)
+    complete = tl.min(tl.where(g < GROUP, count, 0x7FFFFFFF), axis=0) == full_count
+    complete = complete & (tl.max(tl.where(g < GROUP, count, -1), axis=0) == full_count)
+    return one_row | complete
+
+
+@triton.jit(do_not_specialize=["page_table_stride", "q_blocks", "kv_blocks"])
+def _attend_kernel(
+    q,
+    q_stride_token,
+    q_stride_head,
+    k,
+    k_stride_page,
+    k_stride_token,
+    k_stride_head,
+    v,
+    v_stride_page,
+    v_stride_token,
+    v_stride_head,
+    out,
+    out_stride_token,
+    out_stride_head,
+    lse,
+    lse_stride_token,
+    lse_stride_head,
+    page_table,
+    page_table_stride,
+    cu_seqlens_q,
+    seq_lens,
+    indices,
+    counts,
+    rows,
+    scale,
+    q_blocks,
+    kv_blocks,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr,
+    LSE: tl.constexpr,
+):
+    """One program per (ROWS queries of a query block, head; request), against the blocks of their table row.
+
+    Short requests pack the heads of a KV group into the rows of one program where they can walk one table.
+    """
+    row_tiles = q_blocks * (QUERY_BLOCK // ROWS)
+    first_query = tl.program_id(0) % row_tiles * ROWS
+    i = first_query // QUERY_BLOCK
+    head = tl.program_id(0) // row_tiles
+    b = tl.program_id(1)
+    q_start, q_len, past_len = request_lens(cu_seqlens_q, seq_lens, b)
+    if first_query < q_len:
+        kv_head = head // GROUP
+        lane = tl.arange(0, ROWS)
+        row_head = lane * 0 + head
+        query = first_query + lane
+        valid = query < q_len
+        runs = True
+        if GROUP > 1:
+            PACKED: tl.constexpr = ROWS // GROUP_PADDED
+            if q_len <= PACKED:
+                group_head = (b.to(tl.int64) * HEADS + kv_head * GROUP) * q_blocks + i
+                full_count = (past_len + q_len - 1) // BLOCK_SIZE + 1
+                if _shared_table(rows, counts, q_blocks, group_head, full_count, GROUP, GROUP_PADDED):
+                    runs = head % GROUP == 0
+                    row_head = head + lane // PACKED
+                    query = lane % PACKED
+                    valid = (query < q_len) & (lane // PACKED < GROUP)
+        if runs:
+            position = past_len + query
+            limit = past_len + tl.minimum(first_query + ROWS, q_len)  # no row of this program sees what lies there
+            dim = tl.arange(0, DIM_PADDED)
+            token = (q_start + query).to(tl.int64)
+            q_pointers = q + token[:, None] * q_stride_token + row_head[:, None] * q_stride_head + dim[None, :]
+            queries = tl.load(q_pointers, mask=valid[:, None] & (dim < DIM)[None, :], other=0.0)
+            row = tl.load(rows + (b.to(tl.int64) * HEADS + head) * q_blocks + i)
+            blocks = indices + row.to(tl.int64) * kv_blocks
+            pages = page_table + b.to(tl.int64) * page_table_stride
+            # entries at the row's end may be cut by the causal edge, or lie beyond this query block altogether
+            count = tl.load(counts + row)
+            first_position = past_len + first_query
+            full, visible = count, count
+            reach = (q_blocks * QUERY_BLOCK + BLOCK_SIZE - 1) // BLOCK_SIZE + 1
+            for t0 in range(0, tl.minimum(count, reach), 32):
+                t = t0 + tl.arange(0, 32)
+                entry = tl.load(blocks + count - 1 - t, mask=t < tl.minimum(count, reach), other=-1)
+                full -= tl.sum(((entry + 1) * BLOCK_SIZE > first_position + 1).to(tl.int32), axis=0)
+                visible -= tl.sum((entry * BLOCK_SIZE >= limit).to(tl.int32), axis=0)
+            PER_BLOCK: tl.constexpr = BLOCK_SIZE // TILE
+            stop_tile = visible * PER_BLOCK
+            if visible > full:  # the last block's tiles beyond the last row are not touched
+                last = tl.load(blocks + visible - 1)
+                stop_tile -= PER_BLOCK - tl.minimum((limit - last * BLOCK_SIZE + TILE - 1) // TILE, PER_BLOCK)
+            acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+            peak = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            for masked in tl.static_range(2):
+                acc, peak, total = _attend_tiles(
+                    acc,
+                    peak,
+                    total,
+                    queries,
+                    position,
+                    full * PER_BLOCK if masked else 0,
+                    stop_tile if masked else full * PER_BLOCK,
+                    blocks,
+                    pages,
+                    limit,
+                    kv_head,
+                    scale * LOG2_E,
+                    k,
+                    k_stride_page,
+                    k_stride_token,
+                    k_stride_head,
+                    v,
+                    v_stride_page,
+                    v_stride_token,
+                    v_stride_head,
+                    BLOCK_SIZE,
+                    PAGE_SIZE,
+                    DIM,
+                    DIM_PADDED,
+                    TILE,
+                    DESCRIPTOR,
+                    POSITIVE_SCALE,
+                    masked,
+                )
+            empty = total == 0.0
+            result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+            out_pointers = out + token[:, None] * out_stride_token + row_head[:, None] * out_stride_head + dim[None, :]
+            out_mask = valid[:, None] & (dim < DIM)[None, :]
+            tl.store(out_pointers, result.to(out.dtype.element_ty), mask=out_mask)
+            if LSE:
+                natural = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
+                tl.store(lse + token * lse_stride_token + row_head * lse_stride_head, natural, mask=valid)
+
+
+@dataclass(frozen=True)
+class AttendTuning:
+    """How one call of the kernel is shaped.
+
+    Attributes:
+        rows: query rows per program; divides the query block.
+        tile: KV tokens per step of the inner loop.
+        descriptor: K and V through TMA tensor descriptors instead of pointers.
+        num_warps, num_stages: Triton's launch options.
+    """
+
+    rows: int
+    tile: int
+    descriptor: bool
+    num_warps: int
+    num_stages: int
+
+
+def attend_tuning(
+    head_dim: int, dtype: torch.dtype, page_size: int, query_block: int, capability: tuple[int, int], tma_strides: bool
+) -> AttendTuning:
+    """The kernel's shape, a pure function of the problem's constants and the device; never of a length.
+
+    TMA (Hopper and newer) needs 16-bit elements, strides that are multiples of 16 bytes, and a page that holds a
+    whole tile.
+    """
+    if dtype == torch.float32:  # no tensor cores: small tiles keep the products in registers
+        return AttendTuning(16 if head_dim > 128 else 32, tile=32, descriptor=False, num_warps=8, num_stages=1)
+    tile = 64 if head_dim <= 128 else 32
+    if capability < (9, 0) or not tma_strides or page_size < tile:  # pointers cost registers: a smaller tile
+        return AttendTuning(query_block, 32, descriptor=False, num_warps=4 if head_dim <= 128 else 8, num_stages=3)
+    num_warps = 4 if query_block == 64 or head_dim <= 128 else 8
+    return AttendTuning(query_block, tile, descriptor=True, num_warps=num_warps, num_stages=2)
+
+
+def _tma_strides(kv: PagedKV) -> bool:
+    """Can a tensor descriptor describe K and V? Strides and addresses in multiples of 16 bytes."""
+    return all(
+        tensor.data_ptr() % 16 == 0 and all(s * tensor.element_size() % 16 == 0 for s in tensor.stride()[:3])
+        for tensor in (kv.k, kv.v)
+    )
+
+
+def attend(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Launch the kernel; writes out [T, Hq, D] and lse float32 [T, Hq]."""
+    heads, dim = q.shape[1:]
+    group = heads // kv.num_kv_heads
+    q_blocks = batch.query_blocks(table.query_block)
+    if q_blocks == 0:
+        return
+    capability = (0, 0) if INTERPRETED or not q.is_cuda else torch.cuda.get_device_capability(q.device)
+    tuning = attend_tuning(dim, q.dtype, kv.page_size, table.query_block, capability, _tma_strides(kv))
+    padded = triton.next_power_of_2(dim)
+    k, v = kv.k, kv.v
+    if tuning.descriptor:
+        box = [1, tuning.tile, 1, padded]
+        k, v = TensorDescriptor.from_tensor(k, box), TensorDescriptor.from_tensor(v, box)
+    with on_device(q):
+        _attend_kernel[(q_blocks * (table.query_block // tuning.rows) * heads, batch.size)](
+            q,
+            q.stride(0),
+            q.stride(1),
+            k,
+            *kv.k.stride()[:3],
+            v,
+            *kv.v.stride()[:3],
+            out,
+            out.stride(0),
+            out.stride(1),
+            out if lse is None else lse,
+            0 if lse is None else lse.stride(0),
+            0 if lse is None else lse.stride(1),
+            kv.page_table,
+            kv.page_table.stride(0),
+            batch.cu_seqlens_q,
+            batch.seq_lens,
+            table.indices,
+            table.counts,
+            table.rows,
+            scale,
+            q_blocks,
+            table.indices.shape[1],
+            HEADS=heads,
+            GROUP=group,
+            GROUP_PADDED=triton.next_power_of_2(group),
+            DIM=dim,
+            DIM_PADDED=padded,
+            QUERY_BLOCK=table.query_block,
+            BLOCK_SIZE=table.block_size,
+            PAGE_SIZE=kv.page_size,
+            ROWS=tuning.rows,
+            TILE=tuning.tile,
+            DESCRIPTOR=tuning.descriptor,
+            POSITIVE_SCALE=scale > 0,
+            LSE=lse is not None,
+            num_warps=tuning.num_warps,
+            num_stages=tuning.num_stages,
+        )

@@ -1,0 +1,181 @@
+"""Means of cached keys and values per unit of tokens, and block means for the selector."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compactattn._triton import on_device
+from compactattn.data import KVSummary, PagedKV, PrefillBatch
+
+SINCE_PAST, SINCE_INT, SINCE_TENSOR = 0, 1, 2
+
+
+@triton.jit(do_not_specialize=["page_table_stride", "since_int", "units"])
+def _unit_means_kernel(
+    cache,
+    cache_stride_page,
+    cache_stride_token,
+    cache_stride_head,
+    page_table,
+    page_table_stride,
+    cu_seqlens_q,
+    seq_lens,
+    since,
+    since_int,
+    means,
+    units,
+    PAGE_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    SINCE: tl.constexpr,
+    BY_PAGE: tl.constexpr,
+):
+    """One program per (unit, head, request): the float32 mean of the unit's valid tokens.
+
+    BY_PAGE: means are laid out [num_pages, PAGE_SIZE // UNIT, HEADS, DIM]; otherwise [B, units, HEADS, DIM].
+    """
+    b = tl.program_id(2)
+    head = tl.program_id(1)
+    seq_len = tl.load(seq_lens + b)
+    if SINCE == 0:
+        first = seq_len - (tl.load(cu_seqlens_q + b + 1) - tl.load(cu_seqlens_q + b))
+    elif SINCE == 1:
+        first = since_int
+    else:
+        first = tl.load(since + b)
+    unit = first // UNIT + tl.program_id(0)
+    start = unit * UNIT
+    if start < seq_len:
+        page = tl.load(page_table + b.to(tl.int64) * page_table_stride + start // PAGE_SIZE).to(tl.int64)
+        slot = start % PAGE_SIZE
+        token = tl.arange(0, UNIT)
+        dim = tl.arange(0, DIM_PADDED)
+        base = cache + page * cache_stride_page + head.to(tl.int64) * cache_stride_head
+        pointers = base + (slot + token).to(tl.int64)[:, None] * cache_stride_token + dim[None, :]
+        valid = (start + token < seq_len)[:, None] & (dim < DIM)[None, :]
+        total = tl.sum(tl.load(pointers, mask=valid, other=0.0).to(tl.float32), axis=0)
+        mean = total / tl.minimum(UNIT, seq_len - start).to(tl.float32)
+        index = page * (PAGE_SIZE // UNIT) + slot // UNIT if BY_PAGE else b.to(tl.int64) * units + unit
+        tl.store(means + (index * HEADS + head) * DIM + dim, mean, mask=dim < DIM)
+
+
+def _launch_unit_means(
+    cache: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    since: Tensor | int | None,
+    means: Tensor,
+    unit: int,
+    by_page: bool,
+) -> None:
+    if since is None:  # only units that this step touches
+        units, mode = -(-batch.max_q_len // unit) + 1, SINCE_PAST
+    else:
+        units, mode = -(-batch.max_seq_len // unit), SINCE_TENSOR if isinstance(since, Tensor) else SINCE_INT
+    if units == 0:
+        return
+    with on_device(cache):
+        _unit_means_kernel[(units, kv.num_kv_heads, batch.size)](
+            cache,
+            *cache.stride()[:3],
+            kv.page_table,
+            kv.page_table.stride(0),
+            batch.cu_seqlens_q,
+            batch.seq_lens,
+            since if isinstance(since, Tensor) else batch.seq_lens,
+            since if isinstance(since, int) else 0,
+            means,
+            units,
+            PAGE_SIZE=kv.page_size,
+            UNIT=unit,
+            HEADS=kv.num_kv_heads,
+            DIM=kv.head_dim,
+            DIM_PADDED=triton.next_power_of_2(kv.head_dim),
+            SINCE=mode,
+            BY_PAGE=by_page,
+            num_warps=4,
+        )
+
+
+def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: Tensor | int | None) -> None:
+    """Recompute in place every unit that holds a position in [since, seq_lens); since None is past_lens."""
+    _launch_unit_means(kv.k, kv, batch, since, summary.k_mean, summary.unit, by_page=True)
+    if summary.v_mean is not None:
+        _launch_unit_means(kv.v, kv, batch, since, summary.v_mean, summary.unit, by_page=True)
+
+
+@triton.jit(do_not_specialize=["page_table_stride", "units", "kv_blocks"])
+def _block_means_kernel(
+    means,
+    page_table,
+    page_table_stride,
+    seq_lens,
+    block_means,
+    units,
+    kv_blocks,
+    UNITS_PER_PAGE: tl.constexpr,
+    UNITS_PER_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BY_PAGE: tl.constexpr,
+):
+    """One program per (block, head, request): mean of the block's unit means, rounded once to the queries' dtype."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    if (block + 1) * BLOCK_SIZE <= tl.load(seq_lens + b):
+        unit = block * UNITS_PER_BLOCK + tl.arange(0, UNITS_PER_BLOCK)
+        dim = tl.arange(0, DIM_PADDED)
+        if BY_PAGE:
+            page = tl.load(page_table + b * page_table_stride + unit // UNITS_PER_PAGE).to(tl.int64)
+            index = page * UNITS_PER_PAGE + unit % UNITS_PER_PAGE
+        else:
+            index = b * units + unit
+        pointers = means + (index[:, None] * HEADS + head) * DIM + dim[None, :]
+        mean = tl.sum(tl.load(pointers, mask=(dim < DIM)[None, :], other=0.0), axis=0) / UNITS_PER_BLOCK
+        target = block_means + ((b * HEADS + head) * kv_blocks + block) * DIM
+        tl.store(target + dim, mean.to(block_means.dtype.element_ty), mask=dim < DIM)
+
+
+def block_means(
+    kv: PagedKV, batch: PrefillBatch, block_size: int, dtype: torch.dtype, summary: KVSummary | None
+) -> Tensor:
+    """Key means of every complete block, [B, Hkv, Kb, D] of `dtype`; incomplete blocks are left unwritten.
+
+    From the summary, or, without one, pooled from the keys with the same arithmetic.
+    """
+    unit = min(kv.page_size, block_size)
+    blocks, heads, dim = batch.kv_blocks(block_size), kv.num_kv_heads, kv.head_dim
+    result = torch.empty((batch.size, heads, blocks, dim), dtype=dtype, device=kv.k.device)
+    units = -(-batch.max_seq_len // unit)
+    if summary is None:
+        means = torch.empty((batch.size, units, heads, dim), dtype=torch.float32, device=kv.k.device)
+        _launch_unit_means(kv.k, kv, batch, 0, means, unit, by_page=False)
+    else:
+        means = summary.k_mean
+    with on_device(kv.k):
+        _block_means_kernel[(blocks, heads, batch.size)](
+            means,
+            kv.page_table,
+            kv.page_table.stride(0),
+            batch.seq_lens,
+            result,
+            units,
+            blocks,
+            UNITS_PER_PAGE=kv.page_size // unit,
+            UNITS_PER_BLOCK=block_size // unit,
+            BLOCK_SIZE=block_size,
+            HEADS=heads,
+            DIM=dim,
+            DIM_PADDED=triton.next_power_of_2(dim),
+            BY_PAGE=summary is not None,
+            num_warps=1,
+        )
+    return result

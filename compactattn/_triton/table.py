@@ -1,0 +1,205 @@
+"""Minimal block tables: ordered compaction of the kept blocks, from a group mask or straight from scores."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from compactattn._triton import on_device
+from compactattn._triton.scores import BlockScores
+from compactattn._triton.union import KEEP_TILE, last_block, row_count, row_members, store_rows
+from compactattn.data import BlockTable, GroupMask, PrefillBatch
+from compactattn.selection import log_alpha
+from compactattn.selectors import FlashPrefill
+
+
+@triton.jit
+def _append(indices_row, count, kept, j):
+    """Write the kept block ids behind the `count` entries that the row already has; returns the new count."""
+    place = count + tl.cumsum(kept, axis=0) - kept
+    tl.store(indices_row + place, j, mask=kept != 0)
+    return count + tl.sum(kept, axis=0)
+
+
+@triton.jit(do_not_specialize=["kv_blocks"])
+def _compact_kernel(keep, indices, counts, kv_blocks, TILE: tl.constexpr):
+    """One program per row."""
+    r = tl.program_id(0).to(tl.int64)
+    count = 0
+    for start in range(0, kv_blocks, TILE):
+        j = start + tl.arange(0, TILE)
+        kept = tl.load(keep + r * kv_blocks + j, mask=j < kv_blocks, other=0).to(tl.int32)
+        count = _append(indices + r * kv_blocks, count, kept, j)
+    tl.store(counts + r, count)
+
+
+def build_table(groups: GroupMask) -> BlockTable:
+    """Compact each row of the mask; the tail of a row is left unwritten."""
+    num_rows, kv_blocks = groups.keep.shape
+    keep = groups.keep.contiguous()
+    indices = torch.empty((num_rows, kv_blocks), dtype=torch.int32, device=keep.device)
+    counts = torch.zeros(num_rows, dtype=torch.int32, device=keep.device)
+    if keep.numel():
+        with on_device(keep):
+            _compact_kernel[(num_rows,)](
+                keep.view(torch.uint8), indices, counts, kv_blocks, TILE=KEEP_TILE, num_warps=4
+            )
+    return BlockTable(indices, counts, groups.rows.contiguous(), groups.block_size, groups.query_block)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tiles",
+        "sink_blocks",
+        "window_blocks",
+        "dense_queries",
+        "dense_keys",
+        "dense_tail",
+        "requests",
+        "groups",
+        "spans",
+        "span",
+        "q_blocks",
+        "kv_blocks",
+    ]
+)
+def _table_from_scores_kernel(
+    log_s,
+    tile_max,
+    tiles,
+    log_alpha,
+    sink_blocks,
+    window_blocks,
+    dense_queries,
+    dense_keys,
+    indices,
+    counts,
+    rows,
+    cu_seqlens_q,
+    seq_lens,
+    prompt_lens,
+    dense_tail,
+    requests,
+    groups,
+    spans,
+    span,
+    q_blocks,
+    kv_blocks,
+    HEADS_PER_GROUP: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DENSE_END: tl.constexpr,
+    TILE: tl.constexpr,
+    MAX_TILE: tl.constexpr,
+):
+    """One program per row: threshold, forced blocks, union and ordered compaction in one pass over the scores."""
+    r = tl.program_id(0)
+    b, group, first, stop, q_len, past_len = row_members(
+        r,
+        cu_seqlens_q,
+        seq_lens,
+        prompt_lens,
+        dense_tail,
+        requests,
+        groups,
+        spans,
+        span,
+        QUERY_BLOCK,
+        DENSE_END,
+    )
+    past_blocks = past_len // BLOCK_SIZE
+    last = tl.where(stop > first, last_block(stop, q_len, past_len, QUERY_BLOCK, BLOCK_SIZE), -1)
+    # the first member's window reaches back furthest, and every past block is visible to every member
+    window_from = last_block(first + 1, q_len, past_len, QUERY_BLOCK, BLOCK_SIZE) - window_blocks + 1
+    dense = (q_len <= dense_queries) | (past_len + q_len <= dense_keys)
+    if DENSE_END:
+        dense = dense | (r >= requests * groups * spans)
+    h = tl.arange(0, HEADS_PADDED)
+    head = (b * groups + group).to(tl.int64) * HEADS_PER_GROUP + h
+    count = 0
+    for start in range(0, last + 1, TILE):
+        j = start + tl.arange(0, TILE)
+        forced = (j >= past_blocks) | (j < sink_blocks) | (j >= window_from) | dense
+        kept = (forced & (j <= last)).to(tl.int32)
+        if (start < past_blocks) & (dense == 0):
+            for i in range(first, stop):
+                member = head * q_blocks + i
+                peak = tl.full([HEADS_PADDED], float("-inf"), tl.float32)
+                for t0 in range(0, tiles, MAX_TILE):
+                    t = t0 + tl.arange(0, MAX_TILE)
+                    known = (h < HEADS_PER_GROUP)[:, None] & (t < tiles)[None, :]
+                    peaks = tl.load(tile_max + member[:, None] * tiles + t[None, :], mask=known, other=float("-inf"))
+                    peak = tl.maximum(peak, tl.max(peaks, axis=1))
+                threshold = peak + log_alpha
+                known = (h < HEADS_PER_GROUP)[:, None] & (j < past_blocks)[None, :]
+                s = tl.load(log_s + member[:, None] * kv_blocks + j[None, :], mask=known, other=float("-inf"))
+                wanted = (s >= threshold[:, None]) & (s > float("-inf"))
+                kept = kept | tl.max(wanted.to(tl.int32), axis=0)
+        count = _append(indices + r.to(tl.int64) * kv_blocks, count, kept, j)
+    tl.store(counts + r, count)
+    store_rows(
+        rows,
+        r,
+        cu_seqlens_q,
+        seq_lens,
+        prompt_lens,
+        dense_tail,
+        requests,
+        groups,
+        spans,
+        span,
+        q_blocks,
+        HEADS_PER_GROUP,
+        QUERY_BLOCK,
+        DENSE_END,
+    )
+
+
+def table_from_scores(
+    scores: BlockScores, batch: PrefillBatch, selector: FlashPrefill, heads_per_group: int, span: int
+) -> BlockTable:
+    """What select, unite and build_table give one after the other, without a mask in memory."""
+    _, heads, q_blocks, kv_blocks = scores.log_s.shape
+    device = scores.log_s.device
+    groups, spans = heads // heads_per_group, -(-q_blocks // span)
+    dense_end = selector.dense_last_blocks > 0 and batch.prompt_lens is not None
+    num_rows = row_count(batch, groups, spans, dense_end)
+    indices = torch.empty((num_rows, kv_blocks), dtype=torch.int32, device=device)
+    counts = torch.empty(num_rows, dtype=torch.int32, device=device)
+    rows = torch.empty((batch.size, heads, q_blocks), dtype=torch.int32, device=device)
+    if num_rows:
+        with on_device(indices):
+            _table_from_scores_kernel[(num_rows,)](
+                scores.log_s,
+                scores.tile_max,
+                scores.tile_max.shape[-1],
+                log_alpha(selector),
+                selector.sink_blocks,
+                selector.window_blocks,
+                selector.dense_queries,
+                selector.dense_keys,
+                indices,
+                counts,
+                rows,
+                batch.cu_seqlens_q,
+                batch.seq_lens,
+                batch.prompt_lens if dense_end else batch.seq_lens,
+                selector.dense_last_blocks * selector.query_block,
+                batch.size,
+                groups,
+                spans,
+                span,
+                q_blocks,
+                kv_blocks,
+                HEADS_PER_GROUP=heads_per_group,
+                HEADS_PADDED=triton.next_power_of_2(heads_per_group),
+                QUERY_BLOCK=selector.query_block,
+                BLOCK_SIZE=selector.block_size,
+                DENSE_END=dense_end,
+                TILE=KEEP_TILE,
+                MAX_TILE=32,
+                num_warps=8,
+            )
+    return BlockTable(indices, counts, rows, selector.block_size, selector.query_block)
