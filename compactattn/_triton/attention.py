@@ -362,6 +362,32 @@ def _tma_strides(kv: PagedKV) -> bool:
     )
 
 
+#: Triton versions whose Gluon the Hopper kernel is written for and was run with.
+GLUON_VERSIONS = ((3, 6),)
+
+
+def why_not_hopper(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, page_size: int, block_size: int, query_block: int
+) -> str | None:
+    """Why the warp-specialised Hopper kernel does not run this problem, or None if it does.
+
+    The rule: compute capability 9.0, Triton 3.6, float16 or bfloat16, head dimension 64 or 128, query blocks of 128,
+    pages and KV blocks of at least 128 tokens, and strides that TMA takes. Everything else runs the general kernel.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if capability != (9, 0):
+        return f"compute capability {capability[0]}.{capability[1]}, not 9.0"
+    if version not in GLUON_VERSIONS:
+        return f"Triton {triton.__version__}, not 3.6 (Gluon changes between versions)"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"{dtype}, not float16 or bfloat16"
+    if head_dim not in (64, 128):
+        return f"head dimension {head_dim}, not 64 or 128"
+    if query_block != 128 or min(page_size, block_size) < 128:
+        return "query blocks, KV blocks and pages must hold at least 128 tokens"
+    return None
+
+
 def attend(
     q: Tensor,
     kv: PagedKV,
@@ -378,6 +404,12 @@ def attend(
     if q_blocks == 0:
         return
     capability = (0, 0) if INTERPRETED or not q.is_cuda else torch.cuda.get_device_capability(q.device)
+    refusal = why_not_hopper(capability, q.dtype, dim, kv.page_size, table.block_size, table.query_block)
+    if refusal is None and scale > 0 and _tma_strides(kv):
+        from compactattn._triton import hopper
+
+        hopper.attend(q, kv, batch, table, scale, out, lse)
+        return
     tuning = attend_tuning(dim, q.dtype, kv.page_size, table.query_block, capability, _tma_strides(kv))
     padded = triton.next_power_of_2(dim)
     k, v = kv.k, kv.v
