@@ -1,0 +1,1 @@
+"""Benchmarks of compactattn: `python -m benchmarks --help`."""
