@@ -6,15 +6,31 @@ including float64. It uses the fields of the library's records and nothing else,
 
 from reference.attention import attend
 from reference.pipeline import prefill
+from reference.quality import (
+    QuokaSelection,
+    coverage,
+    density_cascade,
+    output_error,
+    past_tokens,
+    quoka_attention,
+    quoka_select,
+)
 from reference.selection import select
 from reference.summary import summarize
 from reference.table import build_table
 from reference.union import unite
 
 __all__ = [
+    "QuokaSelection",
     "attend",
     "build_table",
+    "coverage",
+    "density_cascade",
+    "output_error",
+    "past_tokens",
     "prefill",
+    "quoka_attention",
+    "quoka_select",
     "select",
     "summarize",
     "unite",
