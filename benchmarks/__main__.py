@@ -1,0 +1,75 @@
+"""`python -m benchmarks latency` measures; `python -m benchmarks report RESULT.json` turns a result into words."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; errors of use are one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    latency = commands.add_parser("latency", help="time one chunk, dense and sparse, stage by stage and whole")
+    latency.add_argument("--preset", default="cpu", help="h200, smoke (a GPU in a minute) or cpu (default)")
+    latency.add_argument("--out", type=Path, default=RESULTS, help="directory for latency-PRESET.json")
+    latency.add_argument("--cases", help="comma-separated parts of case names, or shell patterns")
+    latency.add_argument("--budget-seconds", type=float, help="start no new case after so long")
+    latency.add_argument("--device", choices=("cuda", "cpu"), help="instead of the preset's device")
+    latency.add_argument("--shrink", type=int, default=1, help="divide contexts and chunks (to try the code)")
+    latency.add_argument("--tracebacks", action="store_true", help="print them for whatever did not run")
+    latency.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default 1)")
+    latency.add_argument("--warm", action="store_true", help="do not evict the L2 before each run")
+    latency.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    latency.set_defaults(run=_latency)
+    report = commands.add_parser("report", help="a Markdown table and a figure from a result alone")
+    report.add_argument("result", type=Path, help="a JSON file that `latency` wrote")
+    report.add_argument("--out", type=Path, help="directory for the .md and .png (default: beside the result)")
+    report.set_defaults(run=_report)
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def _latency(parsed: argparse.Namespace) -> int:
+    from benchmarks import latency
+    from benchmarks.cases import matching, preset
+
+    if parsed.list:
+        print("\n".join(case.name for case in matching(preset(parsed.preset).cases, parsed.cases)))
+        return 0
+    if parsed.tracebacks:
+        logging.basicConfig()
+        logging.getLogger("benchmarks").setLevel(logging.DEBUG)
+    return latency.run(
+        latency.Options(
+            preset=parsed.preset,
+            out=parsed.out,
+            cases=parsed.cases,
+            budget_seconds=parsed.budget_seconds,
+            device=parsed.device,
+            shrink=parsed.shrink,
+            threads=parsed.threads,
+            warm=parsed.warm,
+        )
+    )
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from benchmarks.report import write_report
+
+    for path in write_report(parsed.result, parsed.out):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

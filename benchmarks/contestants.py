@@ -1,0 +1,326 @@
+"""What runs in a case: each contestant knows its call, its gate, its FLOPs and its bytes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks import baselines, cases, gate
+from benchmarks.cases import FINEST, Case, Grouping
+from benchmarks.tables import LENGTHS, controlled_table
+from benchmarks.timing import poison_free_memory
+from benchmarks.workloads import SELECTOR, Density, Step, measure_density
+from compactattn import (
+    BlockTable,
+    KVSummary,
+    PagedKV,
+    PrefillBatch,
+    SelectionMask,
+    attend,
+    build_table,
+    prefill,
+    select,
+    select_table,
+    summarize,
+    unite,
+)
+from compactattn.selection import block_rules
+
+#: PyTorch's fused CPU attention computes exp to 20 bits, less exactly than plain float32 does.
+CPU_SLACK = 8.0
+
+
+@dataclass(frozen=True, eq=False)
+class Contestant:
+    """One call to check and to time.
+
+    Attributes:
+        name: unique within the case.
+        family: "dense", "peer", "stage" or "library".
+        run: the call.
+        check: the gate over what `run` returned.
+        flops, bytes: useful FLOPs and the fewest bytes; 0 where the count says nothing (a stage without attention).
+        grouping: the execution group, or "".
+        spoil: overwrites what `run` must write, before a run that the gate checks.
+        capturable: worth a CUDA graph; False where the call reads device values on the host.
+        host: report the host time of the call too.
+        note: which form of a baseline this is, for a reader of the results.
+    """
+
+    name: str
+    family: str
+    run: Callable[[], object]
+    check: Callable[[object], gate.Verdict]
+    flops: float = 0.0
+    bytes: float = 0.0
+    grouping: str = ""
+    spoil: Callable[[], object] = lambda: None
+    capturable: bool = True
+    host: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """The contestants of a case, those that could not start with their reasons, and the workload's density."""
+
+    contestants: list[Contestant] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    density: dict[str, dict[str, object]] = field(default_factory=dict)
+    measured: dict[str, Density] = field(default_factory=dict)
+
+    @contextmanager
+    def may_be_absent(self, name: str) -> Iterator[None]:
+        """Note down why a baseline cannot run, instead of failing the case."""
+        try:
+            yield
+        except Exception as error:
+            self.absent[name] = baselines.reason(error)
+
+
+def groupings_of(case: Case) -> list[Grouping]:
+    """The case's groupings, with heads that divide G."""
+    fitting = [Grouping(math.gcd(grouping.heads, case.shape.group), grouping.span) for grouping in case.groupings]
+    return list(dict.fromkeys(fitting))
+
+
+def step_field(case: Case, step: Step, *, stages: bool = True) -> Field:
+    """Dense baselines, peers, and the library: every stage, fused and whole."""
+    lineup = Field()
+    rows = gate.sample_rows(step.batch)
+    summary = summarize(step.kv, step.batch, block_size=SELECTOR.block_size)
+    selection = select(step.q, step.kv, step.batch, SELECTOR, summary=summary)
+    tables = {grouping: _composed(step, selection, grouping) for grouping in groupings_of(case)}
+    finest = tables.get(FINEST) or _composed(step, selection, FINEST)
+    _add_dense(lineup, case, step, rows)
+    if case.peers and stages:
+        _add_peers(lineup, step, rows, finest)
+    if stages:
+        lineup.contestants.extend(selection_stages(step, summary, selection))
+    for grouping, table in tables.items():
+        lineup.contestants.extend(library(step, summary, selection, grouping, table, rows, stages=stages))
+        density = measure_density(step, grouping, selection)
+        lineup.density[str(grouping)], lineup.measured[str(grouping)] = density.as_json(), density
+    return lineup
+
+
+def _composed(step: Step, selection: SelectionMask, grouping: Grouping) -> BlockTable:
+    groups = unite(selection, step.batch, heads_per_group=grouping.heads, query_blocks_per_span=grouping.span)
+    return build_table(groups)
+
+
+def _add_dense(lineup: Field, case: Case, step: Step, rows: Tensor) -> None:
+    """cuDNN (the CPU's fused attention there), and FlashAttention-2 where peers are asked for."""
+    exact = gate.reference_rows(step.q, step.kv, step.batch, rows)
+    lens = [step.chunk] * step.shape.batch, [step.past] * step.shape.batch
+    count = cases.dense_flops(*lens, step.shape), cases.dense_bytes(*lens, step.shape, step.q.element_size())
+    forms = [("dense cuDNN", baselines.dense_cudnn, step, "K, V head-major; past without a mask + causal chunk")]
+    if case.kind == "tables" and step.k is not None and step.v is not None and step.q.device.type == "cuda":
+        turned = replace(step, k=_token_major(step.k), v=_token_major(step.v))
+        forms.append(("dense cuDNN, token-major", baselines.dense_cudnn, turned, "the same, K, V token-major"))
+    if case.peers:
+        forms.append(("dense FlashAttention-2", baselines.dense_flash, step, "one call, K, V head-major"))
+    if step.q.device.type == "cpu":
+        forms.append(("dense CPU SDPA", baselines.dense_cpu, step, "past without a mask + causal chunk"))
+    for name, prepare, given, note in forms:
+        with lineup.may_be_absent(name):
+            run = prepare(given)
+            check = functools.partial(exact.check, slack=CPU_SLACK) if name == "dense CPU SDPA" else exact.check
+            contestant = Contestant(name, "dense", run, check, *count, spoil=_free(step), note=note)
+            lineup.contestants.append(contestant)
+
+
+def _token_major(cache: Tensor) -> Tensor:
+    """The same [B, Hkv, L, D], laid out as [B, L, Hkv, D]."""
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _add_peers(lineup: Field, step: Step, rows: Tensor, finest: BlockTable) -> None:
+    """FlexAttention over the finest table, and QUOKA with its own tokens."""
+    q, kv, batch = step.q, step.kv, step.batch
+    element = q.element_size()
+    with lineup.may_be_absent("FlexAttention"):
+        run = baselines.flex(step, finest)
+        exact = gate.reference_rows(q, kv, batch, rows, gate.table_tokens(finest, q, kv, batch, rows))
+        flops = cases.table_flops(finest, batch, step.shape)
+        least = cases.table_bytes(finest, batch, step.shape, element)
+        check = _flex_check(exact)
+        flex = Contestant("FlexAttention", "peer", run, check, flops, least, str(FINEST), _free(step))
+        lineup.contestants.append(flex)
+    with lineup.may_be_absent("QUOKA"):
+        run, choose = baselines.quoka(step)
+        chosen = choose()
+        exact = gate.reference_rows(q, kv, batch, rows, gate.quoka_tokens(chosen, batch))
+        flops = baselines.quoka_flops(step, chosen)
+        quoka = Contestant("QUOKA", "peer", run, exact.check, flops, spoil=_free(step), capturable=False)
+        lineup.contestants.append(quoka)
+
+
+def _flex_check(exact: gate.Reference) -> Callable[[Tensor], gate.Verdict]:
+    return lambda out: exact.check(baselines.packed(out))
+
+
+def _free(step: Step) -> Callable[[], object]:
+    return lambda: poison_free_memory(step.q)
+
+
+def selection_stages(step: Step, summary: KVSummary, selection: SelectionMask) -> list[Contestant]:
+    """`summarize` (the chunk's own units) and `select`: the same for every grouping."""
+    q, kv, batch = step.q, step.kv, step.batch
+    first_page = step.past // kv.page_size
+    pages = kv.page_table[:, first_page : -(-step.context // kv.page_size)].flatten().long()
+    forced = block_rules(batch, SELECTOR).forced
+    # Only a page that the chunk fills alone may lose all its means: `summarize` restores no others.
+    alone = step.past % kv.page_size == 0
+    return [
+        Contestant(
+            "summarize",
+            "stage",
+            lambda: summarize(kv, batch, block_size=SELECTOR.block_size, summary=summary),
+            lambda result: gate.check_summary(result, kv, batch),
+            spoil=(lambda: summary.k_mean.index_fill_(0, pages, math.nan)) if alone else (lambda: None),
+        ),
+        Contestant(
+            "select",
+            "stage",
+            lambda: select(q, kv, batch, SELECTOR, summary=summary),
+            lambda result: gate.check_selection(result, q, kv, batch, SELECTOR, forced),
+        ),
+    ]
+
+
+def library(
+    step: Step,
+    summary: KVSummary,
+    selection: SelectionMask,
+    grouping: Grouping,
+    table: BlockTable,
+    rows: Tensor,
+    *,
+    stages: bool = True,
+) -> list[Contestant]:
+    """The library under one grouping: `unite`, `build_table`, `attend`, and the fused `select_table` and `prefill`."""
+    q, kv, batch, name = step.q, step.kv, step.batch, str(grouping)
+    keep = gate.united(selection, batch, grouping.heads, grouping.span)
+    groups = unite(selection, batch, heads_per_group=grouping.heads, query_blocks_per_span=grouping.span)
+    exact = gate.reference_rows(q, kv, batch, rows, gate.table_tokens(table, q, kv, batch, rows))
+    flops = cases.table_flops(table, batch, step.shape)
+    least = cases.table_bytes(table, batch, step.shape, q.element_size())
+    attended, filled = torch.empty_like(q), torch.empty_like(q)
+    how = {"heads_per_group": grouping.heads, "query_blocks_per_span": grouping.span}
+
+    def fused() -> object:
+        return select_table(q, kv, batch, selector=SELECTOR, summary=summary, **how)
+
+    def whole() -> object:
+        return prefill(q, kv, batch, selector=SELECTOR, summary=summary, out=filled, **how)
+
+    def same_table(result: BlockTable) -> gate.Verdict:
+        return gate.check_table(result, keep)
+
+    parts = [
+        Contestant(
+            f"unite {name}",
+            "stage",
+            lambda: unite(selection, batch, **how),
+            lambda result: gate.check_same("union", result.keep, keep),
+            grouping=name,
+        ),
+        Contestant(f"build_table {name}", "stage", lambda: build_table(groups), same_table, grouping=name),
+        attention(f"attend {name}", q, kv, batch, table, exact, attended, (flops, least), name),
+    ]
+    return [
+        *(parts if stages else []),
+        Contestant(f"select_table {name}", "library", fused, same_table, grouping=name, host=True),
+        Contestant(
+            f"prefill {name}",
+            "library",
+            whole,
+            exact.check,
+            flops,
+            least,
+            name,
+            spoil=lambda: filled.fill_(math.nan),
+            host=True,
+        ),
+    ]
+
+
+def attention(
+    name: str,
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    exact: gate.Reference,
+    out: Tensor,
+    counts: tuple[float, float],
+    grouping: str,
+) -> Contestant:
+    """`attend` over a given table; counts: useful FLOPs and the fewest bytes."""
+    return Contestant(
+        name,
+        "stage",
+        lambda: attend(q, kv, batch, table, out=out),
+        exact.check,
+        *counts,
+        grouping,
+        spoil=lambda: out.fill_(math.nan),
+    )
+
+
+def controlled(
+    name: str, case: Case, q: Tensor, kv: PagedKV, batch: PrefillBatch, grouping: Grouping, table: BlockTable
+) -> Contestant:
+    """`attend` over a controlled table, with a reference of its own."""
+    rows = gate.sample_rows(batch)
+    exact = gate.reference_rows(q, kv, batch, rows, gate.table_tokens(table, q, kv, batch, rows))
+    flops = cases.table_flops(table, batch, case.shape)
+    least = cases.table_bytes(table, batch, case.shape, q.element_size())
+    return attention(name, q, kv, batch, table, exact, torch.empty_like(q), (flops, least), str(grouping))
+
+
+def tables_field(case: Case, step: Step) -> Field:
+    """Dense cuDNN and `attend` alone on controlled tables."""
+    lineup = Field()
+    _add_dense(lineup, case, step, gate.sample_rows(step.batch))
+    for grouping in groupings_of(case):
+        for lengths in LENGTHS:
+            table = controlled_table(step.batch, case.shape.q_heads, grouping, lengths)
+            name = f"attend {grouping}, {lengths.name}"
+            lineup.contestants.append(controlled(name, case, step.q, step.kv, step.batch, grouping, table))
+    return lineup
+
+
+RAGGED_QUERIES = (1024, 1000, 1023, 1009, 1024, 1001, 1017, 1022)
+RAGGED_KEYS = (0, 1, 77, 133, 255, 384, 640, 1111)
+
+
+def ragged_batch(case: Case, device: torch.device) -> PrefillBatch:
+    """Unaligned lengths just under the case's: queries from 1000/1024 of the chunk on, keys a few blocks shorter."""
+    chosen = [n % len(RAGGED_QUERIES) for n in range(1, case.shape.batch + 1)]
+    q_lens = [max(1, RAGGED_QUERIES[n] * case.chunk // 1024) for n in chosen]
+    return PrefillBatch.from_lens(q_lens, [case.context - RAGGED_KEYS[n] for n in chosen], device)
+
+
+def layouts_field(case: Case, step: Step, others: dict[int, Step]) -> Field:
+    """`attend` at density 0.10: aligned on pages of 128, on other page sizes, and with ragged lengths."""
+    lineup, lengths = Field(), LENGTHS[2]
+    for grouping in groupings_of(case):
+        table = controlled_table(step.batch, case.shape.q_heads, grouping, lengths)
+        name = f"attend {grouping}, page {step.kv.page_size}"
+        lineup.contestants.append(controlled(name, case, step.q, step.kv, step.batch, grouping, table))
+        for page_size, other in others.items():
+            name = f"attend {grouping}, page {page_size}"
+            lineup.contestants.append(controlled(name, case, other.q, other.kv, other.batch, grouping, table))
+        ragged = ragged_batch(case, step.q.device)
+        q = step.q[: int(ragged.cu_seqlens_q[-1])]
+        table = controlled_table(ragged, case.shape.q_heads, grouping, lengths)
+        lineup.contestants.append(controlled(f"attend {grouping}, ragged", case, q, step.kv, ragged, grouping, table))
+    return lineup

@@ -1,0 +1,223 @@
+"""The correctness gate: nothing is timed whose result was not checked on the very tensors that are timed.
+
+Outputs are compared with float64 attention at 64 or more rows of every head of every request, first and last rows of
+query blocks among them, under the library's error budget (SPEC 3.3): per request and head,
+max|o - o64| <= 2 · max|plain - o64| + eps(dtype) · max|o64|, `plain` being plain PyTorch in the same dtype.
+Tables, masks and unions are compared whole and exactly, scores within a bound on their rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import table_mask
+from compactattn import BlockTable, FlashPrefill, KVSummary, PagedKV, PrefillBatch, SelectionMask
+from compactattn.quality import QuokaSelection
+
+ROWS = 64
+EDGES = (0, 1, 126, 127, 128, 129)
+
+#: Which keys the chosen rows of one KV head's query heads see besides causality: (request, KV head) -> bool [G, n, L].
+VisibleTokens = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`worst`: the largest error ÷ its budget, or the count of wrong entries; `rows`: rows per head compared."""
+
+    passed: bool
+    worst: float
+    rows: int
+    what: str
+
+    def as_json(self) -> dict[str, object]:
+        worst = self.worst if math.isfinite(self.worst) else None
+        return {"passed": self.passed, "worst": worst, "rows": self.rows, "what": self.what}
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Float64 outputs of some rows, and how far a result may be from them.
+
+    Attributes:
+        rows: int64 [B, n], rows of q, the same number for each request.
+        exact: float64 [B, n, Hq, D].
+        allowed: float64 [B, Hq].
+    """
+
+    rows: Tensor
+    exact: Tensor
+    allowed: Tensor
+
+    def check(self, out: Tensor, slack: float = 1.0) -> Verdict:
+        """Compare an output [T, Hq, D] with `slack` times the budget; NaN never passes."""
+        error = (out[self.rows].double() - self.exact).abs().amax((1, 3)).nan_to_num(math.inf, math.inf)
+        ratio = float((error / self.allowed).amax())
+        what = "output against float64 rows" + ("" if slack == 1.0 else f", {slack:g} x the budget allowed")
+        return Verdict(ratio <= slack, ratio, self.rows.shape[1], what)
+
+
+def sample_rows(batch: PrefillBatch, count: int = ROWS, seed: int = 0) -> Tensor:
+    """Rows of q to compare, ascending, int64 [B, n]: edges of query blocks and random others; n = min(count, q_len)."""
+    q_lens, starts = batch.q_lens.tolist(), batch.cu_seqlens_q.tolist()
+    count = min(count, min(q_lens))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for q_len, start in zip(q_lens, starts, strict=False):
+        edges = [row for row in (*EDGES, q_len - 129, q_len - 128, q_len - 2, q_len - 1) if 0 <= row < q_len]
+        picked = list(dict.fromkeys(edges))[:count]
+        others = torch.randperm(q_len, generator=generator).tolist()
+        picked += [row for row in others if row not in picked][: count - len(picked)]
+        chosen.append([start + row for row in sorted(picked)])
+    return torch.tensor(chosen, device=batch.seq_lens.device)
+
+
+def reference_rows(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    rows: Tensor,
+    visible: VisibleTokens | None = None,
+    scale: float | None = None,
+) -> Reference:
+    """Float64 attention of the chosen rows over every causal token, or those of them that `visible` allows."""
+    heads, dim = q.shape[1:]
+    kv_heads, group = kv.num_kv_heads, heads // kv.num_kv_heads
+    scale = dim**-0.5 if scale is None else scale
+    exact = torch.empty(batch.size, rows.shape[1], heads, dim, dtype=torch.float64, device=q.device)
+    allowed = torch.empty(batch.size, heads, dtype=torch.float64, device=q.device)
+    starts, seq_lens, past_lens = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist(), batch.past_lens.tolist()
+    for b, seq_len in enumerate(seq_lens):
+        position = rows[b] - starts[b] + past_lens[b]
+        hidden = torch.arange(seq_len, device=q.device) > position[:, None]
+        pages = kv.page_table[b, : -(-seq_len // kv.page_size)].long()
+        for h in range(kv_heads):
+            k, v = (cache[pages, :, h].flatten(0, 1)[:seq_len] for cache in (kv.k, kv.v))
+            mine = slice(h * group, (h + 1) * group)
+            unseen = hidden if visible is None else hidden | ~visible(b, h)
+            queries = q[rows[b], mine].transpose(0, 1)
+            truth = _softmax_attention(queries, k, v, unseen, scale, torch.float64)
+            plain = _softmax_attention(queries, k, v, unseen, scale, q.dtype).double()
+            budget = 2 * (plain - truth).abs().amax((1, 2)) + torch.finfo(q.dtype).eps * truth.abs().amax((1, 2))
+            exact[b, :, mine], allowed[b, mine] = truth.transpose(0, 1), budget
+    return Reference(rows, exact, allowed)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Plain attention in `dtype`: q [G, n, D], k and v [L, D], unseen broadcastable to [G, n, L]."""
+    scores = q.to(dtype) @ k.to(dtype).T
+    scores = scores.mul_(scale).masked_fill_(unseen, -math.inf)
+    return scores.softmax(-1) @ v.to(dtype)
+
+
+def table_tokens(table: BlockTable, q: Tensor, kv: PagedKV, batch: PrefillBatch, rows: Tensor) -> VisibleTokens:
+    """What a block table gives to the chosen rows."""
+    keep, group = table_mask(table), q.shape[1] // kv.num_kv_heads
+    starts, seq_lens = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist()
+
+    def visible(b: int, h: int) -> Tensor:
+        i = (rows[b] - starts[b]) // table.query_block
+        row = table.rows[b, h * group : (h + 1) * group].long()[:, i]
+        return keep[row].repeat_interleave(table.block_size, -1)[..., : seq_lens[b]]
+
+    return visible
+
+
+def quoka_tokens(selection: QuokaSelection, batch: PrefillBatch) -> VisibleTokens:
+    """What QUOKA gives to every row of a KV head: the kept past tokens and the current chunk."""
+    seq_lens, past_lens = batch.seq_lens.tolist(), batch.past_lens.tolist()
+
+    def visible(b: int, h: int) -> Tensor:
+        tokens = torch.zeros(seq_lens[b], dtype=torch.bool, device=selection.tokens.device)
+        tokens[selection.tokens[b, h, : int(selection.counts[b, h])].long()] = True
+        tokens[past_lens[b] :] = True
+        return tokens[None, None]
+
+    return visible
+
+
+def check_selection(
+    selection: SelectionMask, q: Tensor, kv: PagedKV, batch: PrefillBatch, selector: FlashPrefill, forced: Tensor
+) -> Verdict:
+    """A FlashPrefill mask against float64 scores of equal-length requests, whole; open within rounding alone.
+
+    `forced`: bool [B, Qb, Kb], blocks that are kept without a score. A score moves by the rounding of the block means
+    to q's dtype and by float32 sums: both are under eps(dtype) · scale · max|q| · max|k̄|, twice for the threshold.
+    """
+    block_size, query_block, (_, heads, dim) = selector.block_size, selector.query_block, q.shape
+    group, wrong = heads // kv.num_kv_heads, 0
+    starts, seq_lens, past_lens = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist(), batch.past_lens.tolist()
+    for b, seq_len in enumerate(seq_lens):
+        complete = seq_len // block_size
+        pages = kv.page_table[b, : -(-seq_len // kv.page_size)].long()
+        position = torch.arange(past_lens[b], seq_len, device=q.device)
+        late = position[:, None] < torch.arange(1, complete + 1, device=q.device) * block_size - 1
+        for h in range(kv.num_kv_heads):
+            keys = kv.k[pages, :, h].flatten(0, 1)[: complete * block_size].view(complete, block_size, dim)
+            means = keys.float().mean(1).to(q.dtype).double()
+            rows = q[starts[b] : starts[b + 1], h * group : (h + 1) * group].double()
+            scores = torch.einsum("rgd,jd->grj", rows, means).mul_(dim**-0.5).masked_fill_(late, -math.inf)
+            log_s = torch.stack([part.logsumexp(1) for part in scores.split(query_block, 1)], 1)
+            gap = log_s - (log_s.amax(-1, keepdim=True) + math.log(selector.alpha))
+            bound = (
+                2 * torch.finfo(q.dtype).eps * dim**-0.5 * float(rows.norm(dim=-1).amax() * means.norm(dim=-1).amax())
+            )
+            keep = (gap >= 0) & (log_s > -math.inf) | forced[b, :, :complete]
+            mask = selection.mask[b, h * group : (h + 1) * group, :, :complete]
+            wrong += int(((mask != keep) & ~(gap.abs() <= bound)).sum())
+        wrong += int((selection.mask[b, :, :, complete:] != forced[b, :, complete:]).sum())
+    return Verdict(wrong == 0, float(wrong), batch.max_q_len, "mask against float64 scores")
+
+
+def united(selection: SelectionMask, batch: PrefillBatch, heads: int, span: int | None) -> Tensor:
+    """The union by plain PyTorch for equal-length requests: bool [R, Kb], rows in the fixed order."""
+    mask, block_size, query_block = selection.mask, selection.block_size, selection.query_block
+    q_blocks, device = mask.shape[2], mask.device
+    span = q_blocks if span is None else span
+    past = (batch.past_lens // block_size)[:, None, None]
+    j = torch.arange(mask.shape[3], device=device)
+    last_row = torch.minimum((torch.arange(q_blocks, device=device) + 1) * query_block, batch.q_lens[:, None]) - 1
+    last = (batch.past_lens[:, None] + last_row) // block_size
+    wanted = torch.where((j < past)[:, None], mask, ((j >= past) & (j <= last[..., None]))[:, None])
+    wanted = torch.nn.functional.pad(wanted, (0, 0, 0, -q_blocks % span))
+    return wanted.unflatten(1, (-1, heads)).unflatten(3, (-1, span)).any(4).any(2).flatten(0, 2)
+
+
+def check_same(name: str, got: Tensor, expected: Tensor) -> Verdict:
+    """Exact equality of two boolean or integer tensors."""
+    if got.shape != expected.shape:
+        return Verdict(False, math.inf, 0, f"{name}: shape {tuple(got.shape)} is not {tuple(expected.shape)}")
+    wrong = int((got != expected).sum())
+    return Verdict(wrong == 0, float(wrong), len(got), f"{name}, every entry")
+
+
+def check_table(table: BlockTable, keep: Tensor) -> Verdict:
+    """A table against the blocks [R, Kb] that its rows must list: the same ones, each once, in ascending order."""
+    verdict = check_same("table", table_mask(table), keep)
+    if not verdict.passed:
+        return verdict
+    before, after = table.indices[:, :-1], table.indices[:, 1:]
+    listed = torch.arange(1, table.indices.shape[1], device=keep.device) < table.counts[:, None]
+    wrong = int((listed & (after <= before)).sum()) + int((table.counts != keep.sum(-1)).sum())
+    return Verdict(wrong == 0, float(wrong), len(keep), verdict.what)
+
+
+def check_summary(summary: KVSummary, kv: PagedKV, batch: PrefillBatch) -> Verdict:
+    """Means of complete units against float64 means: (unit + 1) rounding steps of float32 on the mean magnitude."""
+    wrong = 0
+    for b, seq_len in enumerate(batch.seq_lens.tolist()):
+        units = seq_len // summary.unit
+        pages = kv.page_table[b, : -(-seq_len // kv.page_size)].long()
+        keys = kv.k[pages].flatten(0, 1)[: units * summary.unit].unflatten(0, (units, summary.unit))
+        got = summary.k_mean[pages].flatten(0, 1)[:units].double()
+        exact, size = torch.empty_like(got), torch.empty_like(got)
+        for part in range(0, units, 128):
+            piece = keys[part : part + 128].double()
+            exact[part : part + 128], size[part : part + 128] = piece.mean(1), piece.abs().mean(1)
+        wrong += int((~((got - exact).abs() <= (summary.unit + 1) * 2.0**-23 * size)).sum())
+    return Verdict(wrong == 0, float(wrong), batch.max_seq_len, "means against float64 means")
