@@ -80,6 +80,19 @@ def _load_tile(
 
 
 @triton.jit
+def _scores(queries, keys, PRECISE: tl.constexpr):
+    """queries . keys [ROWS, TILE]; PRECISE sums the head dimension in parts of 16, which rounds less than one chain."""
+    if PRECISE:
+        PARTS: tl.constexpr = queries.shape[1] // 16
+        q_parts = queries.reshape(queries.shape[0], PARTS, 16).permute(1, 0, 2)
+        k_parts = keys.reshape(keys.shape[0], PARTS, 16).permute(1, 2, 0)
+        s = tl.sum(tl.dot(q_parts, k_parts, input_precision="ieee"), axis=0)
+    else:
+        s = tl.dot(queries, tl.trans(keys))
+    return s
+
+
+@triton.jit
 def _attend_tiles(
     acc,
     peak,
@@ -92,7 +105,7 @@ def _attend_tiles(
     pages,
     limit,
     kv_head,
-    scale_log2,
+    scale,
     k,
     k_stride_page,
     k_stride_token,
@@ -108,9 +121,13 @@ def _attend_tiles(
     TILE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr,
+    PRECISE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over tiles [first_tile, stop_tile) of the row; MASKED where the causal edge may cut a tile."""
+    """Online softmax over tiles [first_tile, stop_tile) of the row; MASKED where the causal edge may cut a tile.
+
+    `scale` is in base 2 (times log2 e), and so is `peak`; in natural units where PRECISE (float32).
+    """
     if first_tile < stop_tile:
         # two dependent loads lie between a table entry and its tile: they run one tile ahead
         start, page = _locate(first_tile, blocks, pages, limit, BLOCK_SIZE, PAGE_SIZE, TILE, MASKED)
@@ -131,18 +148,22 @@ def _attend_tiles(
                 DESCRIPTOR,
                 MASKED,
             )
-            s = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            s = _scores(queries, keys, PRECISE)
             if MASKED:
                 s = tl.where((start + tl.arange(0, TILE))[None, :] <= position[:, None], s, float("-inf"))
-            if POSITIVE_SCALE:
-                new_peak = tl.maximum(peak, tl.max(s, axis=1) * scale_log2)
-                exponent = s * scale_log2
+            if PRECISE or not POSITIVE_SCALE:
+                s = tl.where(s == float("-inf"), s, s * scale)
+                new_peak = tl.maximum(peak, tl.max(s, axis=1))
             else:
-                exponent = tl.where(s == float("-inf"), s, s * scale_log2)
-                new_peak = tl.maximum(peak, tl.max(exponent, axis=1))
+                new_peak = tl.maximum(peak, tl.max(s, axis=1) * scale)
+                s = s * scale
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-            p = tl.exp2(exponent - shift[:, None])
-            decay = tl.exp2(peak - shift)
+            if PRECISE:
+                p = tl.exp(s - shift[:, None])
+                decay = tl.exp(peak - shift)
+            else:
+                p = tl.exp2(s - shift[:, None])
+                decay = tl.exp2(peak - shift)
             total = total * decay + tl.sum(p, axis=1)
             acc = acc * decay[:, None]
             values = _load_tile(
@@ -161,7 +182,10 @@ def _attend_tiles(
                 DESCRIPTOR,
                 MASKED,
             )
-            acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
+            if PRECISE:
+                acc += tl.dot(p, values, input_precision="ieee")
+            else:
+                acc = tl.dot(p.to(values.dtype), values, acc)
             peak = new_peak
             following = tl.minimum(n + 1, stop_tile - 1)
             start, page = _locate(following, blocks, pages, limit, BLOCK_SIZE, PAGE_SIZE, TILE, MASKED)
@@ -221,6 +245,7 @@ def _attend_kernel(
     TILE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr,
+    PRECISE: tl.constexpr,
     LSE: tl.constexpr,
 ):
     """One program per (ROWS queries of a query block, head; request), against the blocks of their table row.
@@ -291,7 +316,7 @@ def _attend_kernel(
                     pages,
                     limit,
                     kv_head,
-                    scale * LOG2_E,
+                    scale if PRECISE else scale * LOG2_E,
                     k,
                     k_stride_page,
                     k_stride_token,
@@ -307,15 +332,21 @@ def _attend_kernel(
                     TILE,
                     DESCRIPTOR,
                     POSITIVE_SCALE,
+                    PRECISE,
                     masked,
                 )
             empty = total == 0.0
-            result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+            total = tl.where(empty, 1.0, total)
+            result = tl.where(empty[:, None], 0.0, tl.div_rn(acc, total[:, None]) if PRECISE else acc / total[:, None])
             out_pointers = out + token[:, None] * out_stride_token + row_head[:, None] * out_stride_head + dim[None, :]
             out_mask = valid[:, None] & (dim < DIM)[None, :]
             tl.store(out_pointers, result.to(out.dtype.element_ty), mask=out_mask)
             if LSE:
-                natural = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
+                if PRECISE:
+                    natural = (peak.to(tl.float64) + tl.log(total.to(tl.float64))).to(tl.float32)
+                else:
+                    natural = (peak + tl.log2(total)) * LN_2
+                natural = tl.where(empty, float("-inf"), natural)
                 tl.store(lse + token * lse_stride_token + row_head * lse_stride_head, natural, mask=valid)
 
 
@@ -453,6 +484,7 @@ def attend(
             TILE=tuning.tile,
             DESCRIPTOR=tuning.descriptor,
             POSITIVE_SCALE=scale > 0,
+            PRECISE=q.dtype == torch.float32,
             LSE=lse is not None,
             num_warps=tuning.num_warps,
             num_stages=tuning.num_stages,
