@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latency.add_argument("--out", type=Path, default=RESULTS, help="directory for latency-PRESET.json")
     latency.add_argument("--cases", help="comma-separated parts of case names, or shell patterns")
     latency.add_argument("--budget-seconds", type=float, help="start no new case after so long")
+    latency.add_argument("--timing-seconds", type=float, help="time to spend on the timed loop of one case")
     latency.add_argument("--device", choices=("cuda", "cpu"), help="instead of the preset's device")
     latency.add_argument("--shrink", type=int, default=1, help="divide contexts and chunks (to try the code)")
     latency.add_argument("--tracebacks", action="store_true", help="print them for whatever did not run")
@@ -55,6 +56,7 @@ def _latency(parsed: argparse.Namespace) -> int:
             out=parsed.out,
             cases=parsed.cases,
             budget_seconds=parsed.budget_seconds,
+            timing_seconds=parsed.timing_seconds,
             device=parsed.device,
             shrink=parsed.shrink,
             threads=parsed.threads,

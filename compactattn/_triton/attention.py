@@ -15,6 +15,7 @@ from compactattn._triton.union import request_lens
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_REST = tl.constexpr(1.9259629911e-8)  # log2(e) less its float32 value
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -93,6 +94,16 @@ def _scores(queries, keys, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def _precise_exp(x):
+    """exp(x) for x <= 0 as 2^(x log2 e), with what the product rounds off: |x| does not enter the error."""
+    x = tl.maximum(x, -1000.0)  # far below the smallest float32, and finite
+    power = x * LOG2_E
+    rest = tl.fma(x, LOG2_E, -power) + x * LOG2_E_REST
+    p = tl.exp2(power)
+    return p + p * (rest * LN_2)
+
+
+@triton.jit
 def _attend_tiles(
     acc,
     peak,
@@ -159,8 +170,8 @@ def _attend_tiles(
                 s = s * scale
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
             if PRECISE:
-                p = tl.exp(s - shift[:, None])
-                decay = tl.exp(peak - shift)
+                p = _precise_exp(s - shift[:, None])
+                decay = _precise_exp(peak - shift)
             else:
                 p = tl.exp2(s - shift[:, None])
                 decay = tl.exp2(peak - shift)
