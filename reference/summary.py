@@ -30,6 +30,8 @@ def summarize(
         summary = KVSummary(k_mean, torch.zeros_like(k_mean) if values else None, unit)
     for request in requests(batch):
         first = request.past_len if since is None else int(since if isinstance(since, int) else since[request.index])
+        if first >= request.seq_len:
+            continue
         for start in range(first // unit * unit, request.seq_len, unit):
             positions = torch.arange(start, min(start + unit, request.seq_len), device=kv.k.device)
             page = kv.page_table[request.index, start // page_size].long()

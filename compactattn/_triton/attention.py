@@ -15,8 +15,9 @@ from compactattn._triton.union import request_lens
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOG2_E_REST = tl.constexpr(1.9259629911e-8)  # log2(e) less its float32 value
 LN_2 = tl.constexpr(0.6931471805599453)
+LN_2_HIGH = tl.constexpr(0.693359375)  # ln 2 in two parts; products of the first with integers are exact
+LN_2_LOW = tl.constexpr(-2.12194440054690583e-4)
 
 
 @triton.jit
@@ -95,12 +96,23 @@ def _scores(queries, keys, PRECISE: tl.constexpr):
 
 @triton.jit
 def _precise_exp(x):
-    """exp(x) for x <= 0 as 2^(x log2 e), with what the product rounds off: |x| does not enter the error."""
-    x = tl.maximum(x, -1000.0)  # far below the smallest float32, and finite
-    power = x * LOG2_E
-    rest = tl.fma(x, LOG2_E, -power) + x * LOG2_E_REST
-    p = tl.exp2(power)
-    return p + p * (rest * LN_2)
+    """exp(x) for x <= 0 to the last bit or so; the hardware's exp2 alone is off by up to three.
+
+    exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where a Taylor polynomial is exact enough.
+    """
+    n = tl.floor(tl.maximum(x, -87.0) * LOG2_E + 0.5)
+    r = tl.fma(n, -LN_2_HIGH, tl.maximum(x, -87.0))
+    r = tl.fma(n, -LN_2_LOW, r)
+    p = tl.full(x.shape, 1.0 / 5040, tl.float32)
+    p = tl.fma(p, r, 1.0 / 720)
+    p = tl.fma(p, r, 1.0 / 120)
+    p = tl.fma(p, r, 1.0 / 24)
+    p = tl.fma(p, r, 1.0 / 6)
+    p = tl.fma(p, r, 0.5)
+    p = tl.fma(p, r, 1.0)
+    p = tl.fma(p, r, 1.0)
+    two_to_n = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < -87.0, 0.0, p * two_to_n)
 
 
 @triton.jit

@@ -50,7 +50,7 @@ def _unit_means_kernel(
         first = tl.load(since + b)
     unit = first // UNIT + tl.program_id(0)
     start = unit * UNIT
-    if start < seq_len:
+    if (first < seq_len) & (start < seq_len):
         page = tl.load(page_table + b.to(tl.int64) * page_table_stride + start // PAGE_SIZE).to(tl.int64)
         slot = start % PAGE_SIZE
         token = tl.arange(0, UNIT)

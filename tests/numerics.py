@@ -1,0 +1,274 @@
+"""The one error budget: how far a float may be from its float64 value, and which selections float64 leaves open.
+
+Attention (SPEC 3.3), per request and head: max|o - o64| <= 2 * max|plain - o64| + eps(dtype) * max|o64|, and for the
+log-sum-exp likewise. `plain` is softmax attention in the input dtype, spelled out in PyTorch over the unpaged keys.
+
+Selection: every backend is compared with the float64 decision, except where a score lies within its rounding error
+of the threshold. With u = 2**-24 (eps of float32 / 2, doubled below because tensor cores truncate):
+
+- a key mean of n tokens, summed in float32 in any order, is off by at most (n + 1) * 2u * mean|k|; rounding to q's
+  dtype turns that into nothing at all, or into one step of the dtype where the interval holds a rounding boundary;
+- a dot product of n terms is off by at most (n + 1) * 2u * sum|q||k|, its scaling by one more rounding;
+- exp, log and a sum of m terms are off by a relative (m + 8) * 2u, and exp(x) by |x| * 2u more, since exp2 is
+  given x * log2(e) rounded once;
+- log S = log-sum-exp over rows moves by no more than its largest argument does; a threshold moves like its maximum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compactattn import BlockTable, FlashPrefill, Oracle, Selector, XAttention
+from tests.strategies import Step, ceil_div
+
+ROUNDING = 2.0**-23
+SAMPLES = 192
+
+
+# ---- attention ----
+
+
+def softmax_attention(
+    step: Step, table: BlockTable, dtype: torch.dtype, scale: float, order: torch.Generator | None = None, few: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch attention under the table, in `dtype`: out [rows, Hq, D], lse [rows, Hq].
+
+    With `order`, keys and dimensions are summed in a random order; with `few`, only requests of at most so many rows.
+    """
+    g, device = step.geometry, step.q.device
+    out = torch.zeros(step.rows, g.heads, g.dim, dtype=dtype, device=device)
+    lse = torch.full((step.rows, g.heads), -math.inf, dtype=dtype, device=device)
+    listed = torch.zeros(table.indices.shape[0], g.kv_blocks, dtype=torch.bool)
+    for r, count in enumerate(table.counts.tolist()):
+        listed[r, table.indices[r, :count].long().cpu()] = True
+    listed, rows = listed.to(device), table.rows.long()
+    for b, i, span in query_blocks(step):
+        if few and g.q_lens[b] > few:
+            continue
+        first = g.past_lens[b] + span.start - g.starts[b]
+        position = torch.arange(first, first + span.stop - span.start, device=device)
+        key = torch.arange(first + len(position), device=device)
+        key = key[listed[rows[b, :, i]].any(0)[key // g.block_size]]
+        dim = torch.arange(g.dim, device=device)
+        if order is not None:
+            key = key[torch.randperm(len(key), generator=order).to(device)]
+            dim = dim[torch.randperm(g.dim, generator=order).to(device)]
+        seen = listed[rows[b, :, i]][:, key // g.block_size][:, None] & (key <= position[:, None])  # [Hq, rows, keys]
+        if len(key) == 0:
+            continue
+        q, k, v = (x.to(dtype).transpose(0, 1) for x in (step.q[span], step.keys[b][key], step.values[b][key]))
+        for h in range(g.heads):  # a product of its own for each head: a batch of them would sum in another order
+            s = (q[h][:, dim] @ k[h // g.group][:, dim].T * scale).masked_fill(~seen[h], -math.inf)
+            weights = s.softmax(-1).masked_fill(~seen[h].any(-1, keepdim=True), 0.0)
+            out[span, h] = weights @ v[h // g.group]
+            lse[span, h] = s.logsumexp(-1)
+    return out, lse
+
+
+def query_blocks(step: Step) -> Iterator[tuple[int, int, slice]]:
+    """(request, query block, its rows of q)."""
+    g = step.geometry
+    for b in g.requests:
+        for i in range(ceil_div(g.q_lens[b], g.query_block)):
+            first = g.starts[b] + i * g.query_block
+            yield b, i, slice(first, min(first + g.query_block, g.starts[b + 1]))
+
+
+def assert_attention(
+    step: Step, table: BlockTable, out: Tensor, lse: Tensor | None = None, scale: float | None = None
+) -> None:
+    """SPEC 3.3: `out` (and `lse`) are as close to float64 as plain attention in the same dtype is, give or take 2."""
+    g = step.geometry
+    scale = g.dim**-0.5 if scale is None else scale
+    exact = softmax_attention(step, table, torch.float64, scale)
+    errors = _plain_errors(step, table, scale, exact)
+    assert out.dtype == g.dtype
+    assert out.shape == step.q.shape
+    _assert_within_budget("out", step, out[: step.rows], exact[0], errors[0])
+    if lse is not None:
+        assert lse.dtype == torch.float32
+        assert lse.shape == step.q.shape[:2]
+        _assert_within_budget("lse", step, lse[: step.rows], exact[1], errors[1])
+
+
+def _plain_errors(step: Step, table: BlockTable, scale: float, exact: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """max|plain - o64| of out and lse, [B, Hq] each.
+
+    In float32 the maximum over a handful of rows is a matter of luck (zero, at times), so a short request's plain
+    attention is repeated with its keys and dimensions in other orders until about SAMPLES rows were seen.
+    """
+    g = step.geometry
+    plain = softmax_attention(step, table, g.dtype, scale)
+    errors = tuple(_worst(step, p, e) for p, e in zip(plain, exact, strict=True))
+    order = torch.Generator().manual_seed(g.seed)
+    shortest = min((n for n in g.q_lens if n), default=SAMPLES)
+    for n in range(1, ceil_div(SAMPLES, shortest) if g.dtype == torch.float32 else 1):
+        few = SAMPLES // n
+        plain = softmax_attention(step, table, g.dtype, scale, order, few)
+        for error, p, e in zip(errors, plain, exact, strict=True):
+            again = _worst(step, p, e)
+            for b in g.requests:
+                if g.q_lens[b] <= few:
+                    error[b] = torch.maximum(error[b], again[b])
+    return errors
+
+
+def _worst(step: Step, got: Tensor, exact: Tensor) -> Tensor:
+    """max|got - exact| per request and head, [B, Hq]; inf for NaN; 0 where both are -inf."""
+    g = step.geometry
+    error = (got.double() - exact).abs().masked_fill(got.double() == exact, 0.0).nan_to_num(math.inf, math.inf)
+    error = error.flatten(2).amax(2) if error.ndim == 3 else error
+    worst = torch.zeros(len(g.q_lens), g.heads, dtype=torch.float64, device=got.device)
+    for b in g.requests:
+        if g.q_lens[b]:
+            worst[b] = error[g.starts[b] : g.starts[b + 1]].amax(0)
+    return worst
+
+
+def _assert_within_budget(name: str, step: Step, got: Tensor, exact: Tensor, plain_error: Tensor) -> None:
+    g = step.geometry
+    finite = exact.masked_fill(exact == -math.inf, 0.0)
+    budget = 2 * plain_error + torch.finfo(g.dtype).eps * _worst(step, finite, torch.zeros_like(finite))
+    error = _worst(step, got, exact)
+    for b, h in (error > budget).nonzero().tolist():
+        row = (got - exact)[g.starts[b] : g.starts[b + 1], h].abs().nan_to_num(math.inf, math.inf).flatten(1).amax(1)
+        raise AssertionError(
+            f"{name} of request {b}, head {h}: error {float(error[b, h]):.3e} at row {int(row.argmax())}, "
+            f"budget {float(budget[b, h]):.3e}, in {g}"
+        )
+
+
+# ---- selection ----
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """keep: bool [B, Hq, Qb, Kb] by float64. open: where rounding may decide either way."""
+
+    keep: Tensor
+    open: Tensor
+
+
+def decide(step: Step, selector: Selector, visible: Tensor, forced: Tensor, scale: float | None = None) -> Decision:
+    """The float64 selection, given the visible and the forced bits (bool [B, Qb, Kb], derived from lengths alone)."""
+    scale = step.geometry.dim**-0.5 if scale is None else scale
+    g = step.geometry
+    keep = forced[:, None].expand(-1, g.heads, -1, -1).clone()
+    doubt = torch.zeros_like(keep)
+    for b, i, span in query_blocks(step):
+        for h in range(g.heads):
+            blocks = int(visible[b, i].sum())
+            if forced[b, i, :blocks].all():
+                continue
+            if isinstance(selector, FlashPrefill):
+                kept, unsure = _threshold_rule(step, selector, b, h, span, scale)
+            else:
+                assert isinstance(selector, (XAttention, Oracle))
+                kept, unsure = _mass_rule(step, selector, b, h, span, scale, forced[b, i, :blocks].cpu())
+            keep[b, h, i, : len(kept)] |= kept.to(keep.device)
+            doubt[b, h, i, : len(kept)] = unsure.to(keep.device)
+    return Decision(keep, doubt & ~forced[:, None] & visible[:, None])
+
+
+def _threshold_rule(
+    step: Step, selector: FlashPrefill, b: int, h: int, span: slice, scale: float
+) -> tuple[Tensor, Tensor]:
+    """FlashPrefill over the complete blocks of one request, for one head and query block."""
+    g = step.geometry
+    size, complete = g.block_size, g.seq_lens[b] // g.block_size
+    if complete == 0:
+        return torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
+    q = step.q[span, h].double().cpu()
+    first = g.past_lens[b] + span.start - g.starts[b]
+    position = torch.arange(first, first + len(q))
+    k = step.keys[b][: complete * size, h // g.group].double().cpu().view(complete, size, -1)
+    mean, slip = k.mean(1), (size + 1) * ROUNDING * k.abs().mean(1)
+    low, high = ((mean + side * slip).to(g.dtype).double() for side in (-1, 1))
+    rounded = mean.to(g.dtype).double()
+    mean_error = torch.maximum(high - rounded, rounded - low)
+    s = q @ rounded.T * scale
+    s_error = scale * (q.abs() @ mean_error.T + (g.dim + 2) * ROUNDING * (q.abs() @ (rounded.abs() + mean_error).T))
+    unseen = position[:, None] < torch.arange(1, complete + 1) * size - 1
+    s, s_error = s.masked_fill(unseen, -math.inf), s_error.masked_fill(unseen, 0.0)
+    log_s = s.logsumexp(0)
+    scored = log_s > -math.inf
+    spread = (s - s.amax(0)).masked_fill(unseen, 0.0).abs().amax(0)
+    magnitude = log_s.abs().nan_to_num(posinf=0.0)
+    error = s_error.amax(0) + (len(q) + 8 + spread + 2 * magnitude) * ROUNDING
+    if selector.alpha == 0 or not scored.any():
+        return scored, torch.zeros_like(scored)
+    threshold = log_s.max() + math.log(selector.alpha)
+    threshold_error = error[scored].max() + 2 * abs(math.log(selector.alpha)) * ROUNDING
+    unsure = scored & ((log_s - threshold).abs() <= error + threshold_error)
+    best = int(log_s.argmax())
+    rivals = log_s - log_s[best] + error + error[best] >= 0
+    unsure[best] &= int(rivals.sum()) > 1  # alone at the top, it is kept at any alpha up to 1
+    return scored & (log_s >= threshold), unsure
+
+
+def _mass_rule(
+    step: Step, selector: XAttention | Oracle, b: int, h: int, span: slice, scale: float, forced: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The smallest set of blocks that reaches a mass, or the top k, for one head and query block."""
+    mass, error = block_mass(step, selector, b, h, span, scale)
+    mass, error = mass[: len(forced)], error[: len(forced)]
+    keep, unsure = forced.clone(), torch.zeros_like(forced)
+    slack = float(error.sum()) + len(mass) * 2.0**-50 * float(mass.sum())
+    for j in (~forced).nonzero()[:, 0].tolist():
+        gap, tie = mass - mass[j], error + error[j]
+        surely = ~forced & (gap > tie)
+        perhaps = ~forced & (gap.abs() <= tie)
+        perhaps[j] = False
+        ahead = ~forced & ((gap > 0) | ((gap == 0) & (torch.arange(len(mass)) < j)))
+        if selector_top_k(selector) is not None:
+            free = selector_top_k(selector) - int(forced.sum())
+            keep[j] = int(ahead.sum()) < free
+            unsure[j] = int(surely.sum()) < free <= int(surely.sum() + perhaps.sum())
+        else:
+            share = selector.threshold if isinstance(selector, XAttention) else selector.mass
+            target, taken = share * float(mass.sum()), float(mass[forced].sum())
+            keep[j] = taken + float(mass[ahead].sum()) < target
+            least, most = taken + float(mass[surely].sum()), taken + float(mass[surely | perhaps].sum())
+            unsure[j] = least - slack < target <= most + slack
+    return keep, unsure
+
+
+def selector_top_k(selector: XAttention | Oracle) -> int | None:
+    return selector.top_k if isinstance(selector, Oracle) else None
+
+
+def block_mass(
+    step: Step, selector: XAttention | Oracle, b: int, h: int, span: slice, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax mass of each KV block summed over the (strided) rows, float64 [blocks], and its error bound."""
+    g = step.geometry
+    stride = selector.stride if isinstance(selector, XAttention) else 1
+    q = pad_to(step.q[span, h].double().cpu(), stride)
+    k = pad_to(step.keys[b][:, h // g.group].double().cpu(), stride)
+    # row a of a query group meets row stride - 1 - a of a key group: one antidiagonal
+    q = q.view(-1, stride, g.dim).flip(1).reshape(-1, stride * g.dim)
+    k = k.view(-1, stride * g.dim)
+    rows = span.stop - span.start
+    last_row = (torch.arange(len(q)) * stride + stride - 1).clamp(max=rows - 1)
+    position = g.past_lens[b] + span.start - g.starts[b] + last_row
+    unseen = torch.arange(len(k)) * stride > position[:, None]
+    s = (q @ k.T * (scale / stride)).masked_fill(unseen, -math.inf)
+    s_error = (stride * g.dim + 3) * ROUNDING * (q.abs() @ k.abs().T * abs(scale / stride)).masked_fill(unseen, 0.0)
+    share = s.softmax(1)
+    spread = (s - s.amax(1, keepdim=True)).masked_fill(unseen, 0.0).abs()
+    relative = 2 * s_error.amax(1, keepdim=True) + (len(k) + 2 * len(q) + 20 + 2 * spread) * ROUNDING
+    block = torch.arange(len(k)) * stride // g.block_size
+    blocks = ceil_div(g.seq_lens[b], g.block_size)
+    mass, error = torch.zeros(blocks, dtype=torch.float64), torch.zeros(blocks, dtype=torch.float64)
+    mass.index_add_(0, block, share.sum(0))
+    error.index_add_(0, block, (share * relative.expm1()).sum(0))
+    return mass, error + 1e-30
+
+
+def pad_to(rows: Tensor, stride: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % stride))

@@ -1,0 +1,220 @@
+"""What only a GPU can show: launches, memory, CUDA graphs, streams, synchronisation, compilation, 64-bit offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compactattn import (
+    Dense,
+    FlashPrefill,
+    KVSummary,
+    PagedKV,
+    PrefillBatch,
+    attend,
+    build_table,
+    prefill,
+    select,
+    select_table,
+    summarize,
+    unite,
+)
+
+pytestmark = pytest.mark.gpu
+
+HEADS, KV_HEADS, DIM, PAGES = 8, 2, 128, 300
+SELECTOR = FlashPrefill(alpha=0.3, sink_blocks=1, window_blocks=2)
+
+
+def make_cache(page_size: int, pages: int = PAGES, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = (pages, page_size, KV_HEADS, DIM)
+    k, v = (torch.randn(shape, generator=generator, device="cuda") for _ in "kv")
+    return k.bfloat16(), v.bfloat16()
+
+
+def make_step(q_lens: list[int], seq_lens: list[int], page_size: int = 128, seed: int = 0) -> tuple[Any, ...]:
+    """q, kv, batch and an up-to-date summary over permuted pages."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    batch = PrefillBatch.from_lens(q_lens, seq_lens, "cuda")
+    width = -(-max(seq_lens) // page_size)
+    pages = torch.randperm(max(PAGES, width * len(q_lens)), generator=generator, device="cuda")
+    kv = PagedKV(*make_cache(page_size, len(pages), seed), pages[: width * len(q_lens)].view(-1, width).int())
+    q = torch.randn(sum(q_lens), HEADS, DIM, generator=generator, device="cuda").bfloat16()
+    return q, kv, batch, summarize(kv, batch, block_size=128)
+
+
+def call(q: Tensor, kv: PagedKV, batch: PrefillBatch, summary: KVSummary | None = None, **options: Any) -> Tensor:
+    out = prefill(q, kv, batch, selector=SELECTOR, heads_per_group=2, summary=summary, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Names of the kernels that Triton compiles meanwhile."""
+    import triton
+
+    names: list[str] = []
+    before = triton.knobs.runtime.jit_post_compile_hook
+
+    def note(*args: Any, **kwargs: Any) -> None:
+        names.append(str(kwargs.get("repr", args)))
+
+    triton.knobs.runtime.jit_post_compile_hook = note
+    try:
+        yield names
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = before
+
+
+def test_launches() -> None:
+    """A prefill with a summary is five kernels: unit means, block means, scores, table, attention."""
+    q, kv, batch, summary = make_step([512, 300], [4000, 1700])
+    call(q, kv, batch, summary)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call(q, kv, batch, summary)
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if event.name.startswith("_") and "kernel" in event.name]
+    assert len(launched) == 5, launched
+    others = [e.name for e in profile.events() if "Memcpy" in e.name or "at::native" in e.name]
+    assert not others, others
+
+
+def test_peak_allocation() -> None:
+    """Scratch is scores, block means and tables: nothing grows with the cache's pages or copies K or V."""
+    q, kv, batch, summary = make_step([1024, 700], [30000, 20001])
+    out = torch.empty_like(q)
+    call(q, kv, batch, summary, out=out)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(q, kv, batch, summary, out=out)
+    torch.cuda.synchronize()
+    used = torch.cuda.max_memory_allocated() - before
+    q_blocks, kv_blocks = batch.query_blocks(128), batch.kv_blocks(128)
+    scores = 4 * 2 * HEADS * q_blocks * (kv_blocks + kv_blocks // 128 + 1)
+    means = 2 * 2 * KV_HEADS * kv_blocks * DIM
+    tables = 4 * (2 * HEADS // 2) * (kv_blocks + 1) + 4 * 2 * HEADS * q_blocks
+    assert used <= scores + means + tables + 16 * 512, used  # the allocator rounds each of them up to 512 bytes
+    assert used < kv.k.nbytes / 8
+
+
+LENGTHS = [
+    ([256, 256], [4096, 4096]),
+    ([200, 31], [3001, 777]),
+    ([0, 256], [2000, 4096]),
+    ([1, 0], [4096, 1]),
+    ([256, 1], [256, 3333]),
+]
+
+
+@pytest.mark.parametrize("page_size", [128, 16])
+def test_graph_replay(page_size: int) -> None:
+    """One capture serves other lengths (up, down, to 0), page ids and contents within the bounds."""
+    q, kv, batch, summary = make_step(*LENGTHS[0], page_size=page_size)
+    call(q, kv, batch, summary)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(q, kv, batch, summary)
+    for n, (q_lens, seq_lens) in enumerate([*LENGTHS, LENGTHS[0]]):
+        fresh_q, fresh_kv, fresh, _ = make_step([256, 256], [4096, 4096], page_size, seed=n + 1)
+        fresh = PrefillBatch.from_lens(q_lens, seq_lens, "cuda")
+        for target, source in (
+            (q, fresh_q),
+            (kv.k, fresh_kv.k),
+            (kv.v, fresh_kv.v),
+            (kv.page_table, fresh_kv.page_table),
+            (batch.cu_seqlens_q, fresh.cu_seqlens_q),
+            (batch.seq_lens, fresh.seq_lens),
+        ):
+            target.copy_(source)
+        summarize(kv, batch, block_size=128, since=0, summary=summary)
+        rows = sum(q_lens)
+        q[rows:] = torch.nan  # rows beyond the last request are not read
+        out.fill_(torch.nan)
+        graph.replay()
+        expected = call(q[:rows], kv, fresh, summarize(kv, fresh, block_size=128))
+        assert torch.equal(out[:rows], expected)
+        assert not out[:rows].isnan().any()
+
+
+def test_no_synchronisation() -> None:
+    """No stage reads a device value on the host."""
+    q, kv, batch, summary = make_step([300, 0, 17], [3000, 40, 2222])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(q, kv, batch, summary)
+        call(q, kv, batch)
+        selection = select(q, kv, batch, SELECTOR, summary=summary)
+        attend(q, kv, batch, build_table(unite(selection, batch, heads_per_group=4)), return_lse=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("page_size", [128, 16])
+def test_a_new_length_compiles_nothing(page_size: int) -> None:
+    """After one call, any other lengths, batch sizes and bounds use the same kernels."""
+    q, kv, batch, summary = make_step([512, 300], [4000, 1700], page_size)
+    call(q, kv, batch, summary)
+    with compilations() as names:
+        for q_lens, seq_lens in (
+            ([1], [1]),
+            ([16], [1600]),
+            ([1024], [8192]),
+            ([777, 1, 0, 128], [5001, 333, 64, 128]),
+            ([129], [129]),
+            ([128] * 17, [2048] * 17),
+        ):
+            q, kv, batch, summary = make_step(q_lens, seq_lens, page_size)
+            call(q, kv, batch, summary)
+    assert not names, names
+
+
+def test_another_stream() -> None:
+    """Work goes to the current stream, scratch included: two streams at once do not disturb each other."""
+    steps = [make_step([512, 300], [4000, 1700], seed=seed) for seed in range(2)]
+    expected = [call(*step) for step in steps]
+    streams = [torch.cuda.Stream() for _ in steps]
+    torch.cuda.synchronize()
+    results: list[list[Tensor]] = [[], []]
+    for _ in range(10):
+        for step, stream, result in zip(steps, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                result.append(call(*step))
+    torch.cuda.synchronize()
+    for result, want in zip(results, expected, strict=True):
+        assert all(torch.equal(got, want) for got in result)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_another_device() -> None:
+    """Tensors on a device that is not the current one."""
+    q, kv, batch, _ = make_step([300], [3000])
+    expected = call(q, kv, batch)
+    with torch.cuda.device(1):
+        moved = PagedKV(*(t.to("cuda:1") for t in (kv.k, kv.v, kv.page_table)))
+    there = PrefillBatch.from_lens([300], [3000], "cuda:1")
+    assert torch.equal(call(q.to("cuda:1"), moved, there).cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize("page_size", [128, 16])
+def test_offsets_beyond_2_to_31(page_size: int) -> None:
+    """Pages at the end of a cache of more than 2^31 elements give what the same pages give in a small one."""
+    q, kv, batch, _ = make_step([200, 64], [2000, 1500], page_size)
+    pages = (1 << 31) // (page_size * KV_HEADS * DIM) + kv.k.shape[0] + 1
+    if torch.cuda.mem_get_info()[0] < 5 * pages * page_size * KV_HEADS * DIM:
+        pytest.skip("needs 10 GiB of free GPU memory")
+    k, v = (torch.empty((pages, page_size, KV_HEADS, DIM), dtype=torch.bfloat16, device="cuda") for _ in "kv")
+    first = pages - kv.k.shape[0]
+    k[first:], v[first:] = kv.k, kv.v
+    large = PagedKV(k, v, kv.page_table + first)
+    assert torch.equal(call(q, large, batch), call(q, kv, batch))
+    table = select_table(q, large, batch, selector=Dense(), heads_per_group=1)
+    assert torch.equal(attend(q, large, batch, table), attend(q, kv, batch, table))
