@@ -95,6 +95,18 @@ def _scores(queries, keys, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def _weighted(p, values):
+    """p . values [ROWS, DIM] in parts of 16 keys, summed on their own.
+
+    A plain product would be chained onto the result so far, and each term rounded to the size of the whole.
+    """
+    PARTS: tl.constexpr = p.shape[1] // 16
+    p_parts = p.reshape(p.shape[0], PARTS, 16).permute(1, 0, 2)
+    v_parts = values.reshape(PARTS, 16, values.shape[1])
+    return tl.sum(tl.dot(p_parts, v_parts, input_precision="ieee"), axis=0)
+
+
+@triton.jit
 def _precise_exp(x):
     """exp(x) for x <= 0 to the last bit or so; the hardware's exp2 alone is off by up to three.
 
@@ -206,7 +218,7 @@ def _attend_tiles(
                 MASKED,
             )
             if PRECISE:
-                acc += tl.dot(p, values, input_precision="ieee")
+                acc += _weighted(p, values)
             else:
                 acc = tl.dot(p.to(values.dtype), values, acc)
             peak = new_peak
