@@ -81,7 +81,7 @@ def environment(device: str) -> dict[str, object]:
         "compactattn": compactattn.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "commit": commit,
         "uncommitted_changes": commit and bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "gpu": None,
