@@ -269,6 +269,7 @@ class KVSummary:
         if self.v_mean is not None:
             check_tensor("v_mean", self.v_mean, ndim=4, dtype=torch.float32)
             check_shape("v_mean", self.v_mean, tuple(self.k_mean.shape), "that of k_mean")
+            check_same_device("v_mean", self.v_mean, self.k_mean.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,6 +107,7 @@ def select_table(
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
     chosen = resolve_backend(backend, q.device)
+    scale = resolve_scale(scale, q.shape[-1])
     if summary is not None:
         summarize(kv, batch, block_size=selector.block_size, summary=summary, backend=chosen)
     if not isinstance(selector, FlashPrefill):
@@ -126,5 +127,5 @@ def select_table(
         from compactattn._numba.scores import flash_prefill_scores
         from compactattn._numba.table import table_from_scores
     span = span_blocks(batch.query_blocks(selector.query_block), query_blocks_per_span)
-    scores = flash_prefill_scores(q, kv, batch, selector, scale=resolve_scale(scale, q.shape[-1]), summary=summary)
+    scores = flash_prefill_scores(q, kv, batch, selector, scale=scale, summary=summary)
     return table_from_scores(scores, batch, selector, heads_per_group, span)

@@ -58,6 +58,17 @@ def select(
     return SelectionMask(mask, selector.block_size, selector.query_block, selector.dense_last_blocks)
 
 
+class BlockScores(NamedTuple):
+    """FlashPrefill's scores of one step.
+
+    log_s: float32 [B, Hq, Qb, Kb], natural log, -inf where no row of the query block scores the block.
+    tile_max: float32 [B, Hq, Qb, tiles], the largest score of each tile of adjacent blocks, where a backend keeps it.
+    """
+
+    log_s: Tensor
+    tile_max: Tensor | None = None
+
+
 class BlockRules(NamedTuple):
     """What lengths alone decide, bool [B, Qb, Kb]: blocks that are visible, and blocks kept without any score."""
 

@@ -58,7 +58,7 @@ def check_fraction(name: str, value: object) -> None:
 
 def check_same_device(name: str, value: torch.Tensor, device: torch.device) -> None:
     if value.device != device:
-        raise fail(name, f"device {device}, where the queries are", value.device)
+        raise fail(name, f"device {device}, where the other tensors are", value.device)
 
 
 def check_batch(q: torch.Tensor, batch: PrefillBatch) -> None:
@@ -90,6 +90,10 @@ def check_queries(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
 
 def check_cache(kv: PagedKV, batch: PrefillBatch, device: torch.device) -> None:
     """The cache beside the batch: one page-table row per request, wide enough for `max_seq_len`."""
+    if kv.k.dtype not in DTYPES:
+        raise fail("kv.k", "dtype float16, bfloat16 or float32", kv.k.dtype)
+    if torch.is_grad_enabled() and (kv.k.requires_grad or kv.v.requires_grad):
+        raise fail("k, v", "tensors without gradients (inference only)", "requires_grad=True under grad mode")
     check_same_device("kv", kv.k, device)
     check_same_device("batch", batch.cu_seqlens_q, device)
     if kv.page_table.shape[0] != batch.size:
@@ -157,6 +161,7 @@ def check_table(table: BlockTable, q: torch.Tensor, kv: PagedKV, batch: PrefillB
 
 
 def check_out(out: torch.Tensor | None, q: torch.Tensor) -> None:
+    check_tensor("q", q, ndim=3)
     if out is None:
         return
     check_tensor("out", out, ndim=3, dtype=q.dtype)

@@ -121,9 +121,6 @@ class Step:
         """Query rows that belong to a request."""
         return self.geometry.starts[-1]
 
-    def with_kv(self, kv: PagedKV) -> Step:
-        return replace(self, kv=kv)
-
 
 # ---- tensors ----
 
@@ -299,23 +296,23 @@ def evenly(options: Sequence[T]) -> st.SearchStrategy[T]:
 
 
 @st.composite
-def request_lens(draw: st.DrawFn, sizes: Sizes, block_size: int, query_block: int) -> tuple[int, int]:
+def request_lens(draw: st.DrawFn, longest_q: int, longest: int, block_size: int, query_block: int) -> tuple[int, int]:
     """(q_len, seq_len) of one request: chunks on and off the block grid, decode and speculation rows, nothing."""
     kind = draw(
         st.sampled_from(("chunk", "chunk", "chunk", "chunk", "first", "decode", "speculation", "idle", "absent"))
     )
     near = st.builds(lambda n, d: n * query_block + d, st.integers(1, 3), st.sampled_from((-1, 0, 1)))
     any_len = st.one_of(
-        st.integers(2, sizes.q_len), st.integers(sizes.q_len // 2, sizes.q_len), near.filter(lambda n: n <= sizes.q_len)
+        st.integers(2, longest_q), st.integers(longest_q // 2, longest_q), near.map(lambda n: min(n, longest_q))
     )
     fixed = {"decode": st.just(1), "speculation": st.integers(2, 5), "idle": st.just(0), "absent": st.just(0)}
     q_len = draw(fixed.get(kind, any_len))
     if kind in ("first", "absent"):
         return q_len, q_len
-    most = max(0, (sizes.seq_len - q_len) // block_size - 1)
+    most = max(0, (longest - q_len) // block_size - 1)
     blocks = draw(st.integers(min(most, 3), most) | st.integers(0, most))
     offset = draw(st.sampled_from((0, 1, block_size // 2 + 3, block_size - 1)) | st.integers(0, block_size - 1))
-    return q_len, q_len + min(blocks * block_size + offset, max(0, sizes.seq_len - q_len))
+    return q_len, q_len + min(blocks * block_size + offset, max(0, longest - q_len))
 
 
 @st.composite
@@ -325,9 +322,9 @@ def geometries(draw: st.DrawFn, sizes: Sizes, **fixed: object) -> Geometry:
     block_size = pin.get("block_size") or draw(st.sampled_from(sizes.block_sizes))
     query_block = pin.get("query_block") or draw(st.sampled_from((64, 64, 128)))
     page_size = pin.get("page_size") or draw(evenly(PAGE_SIZES))
-    lens = request_lens(sizes, block_size, query_block)
-    q_lens, seq_lens = zip(*draw(st.lists(lens, min_size=1, max_size=sizes.requests)), strict=True)
     group = pin.get("group") or draw(evenly(sizes.groups))
+    lens = request_lens(sizes.q_len if group <= 4 else sizes.q_len // 2, sizes.seq_len, block_size, query_block)
+    q_lens, seq_lens = zip(*draw(st.lists(lens, min_size=1, max_size=sizes.requests)), strict=True)
     sharing = [n for n in range(1, group + 1) if group % n == 0]
     kv_heads = draw(st.integers(1, max(1, sizes.heads // group)))
     past = [s - q for q, s in zip(q_lens, seq_lens, strict=True)]

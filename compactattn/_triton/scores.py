@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -13,19 +11,8 @@ from compactattn._triton import on_device
 from compactattn._triton.summary import block_means
 from compactattn._triton.union import request_lens
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
+from compactattn.selection import BlockScores
 from compactattn.selectors import FlashPrefill
-
-
-class BlockScores(NamedTuple):
-    """Scores of one step.
-
-    log_s: float32 [B, Hq, Qb, Kb], natural log, -inf where no row of the query block scores the block.
-    tile_max: float32 [B, Hq, Qb, tiles], the largest score of each tile of adjacent blocks.
-    """
-
-    log_s: Tensor
-    tile_max: Tensor
-
 
 TILES_PER_PROGRAM = 4
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 
 from compactattn._triton import on_device
-from compactattn._triton.scores import BlockScores
 from compactattn._triton.union import KEEP_TILE, last_block, row_count, row_members, store_rows
 from compactattn.data import BlockTable, GroupMask, PrefillBatch
-from compactattn.selection import log_alpha
+from compactattn.selection import BlockScores, log_alpha
 from compactattn.selectors import FlashPrefill
 
 
@@ -161,6 +160,7 @@ def table_from_scores(
     scores: BlockScores, batch: PrefillBatch, selector: FlashPrefill, heads_per_group: int, span: int
 ) -> BlockTable:
     """What select, unite and build_table give one after the other, without a mask in memory."""
+    assert scores.tile_max is not None
     _, heads, q_blocks, kv_blocks = scores.log_s.shape
     device = scores.log_s.device
     groups, spans = heads // heads_per_group, -(-q_blocks // span)
