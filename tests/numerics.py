@@ -141,7 +141,8 @@ def _excess(step: Step, got: Tensor, exact: Tensor, plain_error: Tensor) -> str:
     budget = 2 * plain_error + torch.finfo(g.dtype).eps * _worst(step, finite, torch.zeros_like(finite))
     error = _worst(step, got, exact)
     for b, h in (error > budget).nonzero().tolist():
-        row = (got - exact)[g.starts[b] : g.starts[b + 1], h].abs().nan_to_num(math.inf, math.inf).flatten(1).amax(1)
+        off = (got - exact)[g.starts[b] : g.starts[b + 1], h].abs().nan_to_num(math.inf, math.inf)
+        row = off.reshape(len(off), -1).amax(1)
         return (
             f"request {b}, head {h}: error {float(error[b, h]):.3e} at row {int(row.argmax())}, "
             f"budget {float(budget[b, h]):.3e}"
