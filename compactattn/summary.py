@@ -11,6 +11,7 @@ from compactattn.validation import (
     check_blocks,
     check_cache,
     check_int,
+    check_readable,
     check_same_device,
     check_shape,
     check_summary,
@@ -50,6 +51,7 @@ def summarize(
     Raises:
         ValueError: wrong shape, dtype, device or contradictory lengths, before anything runs.
     """
+    check_readable(kv)
     check_cache(kv, batch, kv.k.device)
     check_blocks(kv, block_size)
     chosen = resolve_backend(backend, kv.k.device)

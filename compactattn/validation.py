@@ -90,10 +90,6 @@ def check_queries(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
 
 def check_cache(kv: PagedKV, batch: PrefillBatch, device: torch.device) -> None:
     """The cache beside the batch: one page-table row per request, wide enough for `max_seq_len`."""
-    if kv.k.dtype not in DTYPES:
-        raise fail("kv.k", "dtype float16, bfloat16 or float32", kv.k.dtype)
-    if torch.is_grad_enabled() and (kv.k.requires_grad or kv.v.requires_grad):
-        raise fail("k, v", "tensors without gradients (inference only)", "requires_grad=True under grad mode")
     check_same_device("kv", kv.k, device)
     check_same_device("batch", batch.cu_seqlens_q, device)
     if kv.page_table.shape[0] != batch.size:
@@ -102,6 +98,14 @@ def check_cache(kv: PagedKV, batch: PrefillBatch, device: torch.device) -> None:
     if batch.max_seq_len > capacity:
         limit = f"at most the page table's {capacity} tokens ({kv.page_table.shape[1]} pages of {kv.page_size})"
         raise fail("batch.max_seq_len", limit, batch.max_seq_len)
+
+
+def check_readable(kv: PagedKV) -> None:
+    """What the backends read: a dtype of theirs, without gradients (beside queries, `check_queries` sees to both)."""
+    if kv.k.dtype not in DTYPES:
+        raise fail("kv.k", "dtype float16, bfloat16 or float32", kv.k.dtype)
+    if torch.is_grad_enabled() and (kv.k.requires_grad or kv.v.requires_grad):
+        raise fail("k, v", "tensors without gradients (inference only)", "requires_grad=True under grad mode")
 
 
 def check_blocks(kv: PagedKV, block_size: int) -> None:

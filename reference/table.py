@@ -15,4 +15,6 @@ def build_table(groups: GroupMask) -> BlockTable:
         kept = keep.nonzero()[:, 0]
         counts[r] = len(kept)
         indices[r, : len(kept)] = kept
-    return BlockTable(indices, counts, groups.rows.clone(), groups.block_size, groups.query_block)
+    return BlockTable(
+        indices, counts, groups.rows.clone(memory_format=torch.contiguous_format), groups.block_size, groups.query_block
+    )

@@ -22,6 +22,9 @@ from compactattn import BlockTable, PagedKV, PrefillBatch
 from tests import test_attention, test_laws, test_prefill, test_selection, test_summary, test_union
 from tests.backends import NUMBA, REFERENCE, Backend, compose_table
 
+# the sequence ends within a page and a block, and its last query block is short
+PAST_THE_END = test_attention.HARD[0]
+
 
 def rebuilt(backend: Backend, **stages: Callable[..., Any]) -> Backend:
     """The backend with some stages replaced, and `prefill` and `select_table` composed of the stages."""
@@ -130,7 +133,7 @@ TABLE_FAULTS = [
 ]
 
 
-def assert_red(law: Callable[[Backend], None], mutant: Backend, how: type[Exception] = AssertionError) -> None:
+def assert_red(law: Callable[[Backend], None], mutant: Backend, how: Any = AssertionError) -> None:
     with pytest.raises(how):
         law(mutant)
 
@@ -182,6 +185,37 @@ def test_a_causal_edge_that_is_off_by_one(backend: Backend, law: Callable[[Backe
     assert_red(law, see_one_key_too_many(backend))
 
 
+def read_one_slot_past(backend: Backend) -> Backend:
+    """Attention over seq_lens + 1 keys: one more query per request makes the slot after the last key a visible one."""
+
+    def attend(
+        q: torch.Tensor, kv: PagedKV, batch: PrefillBatch, table: BlockTable, *, return_lse: bool = False, **kw: Any
+    ) -> Any:
+        starts = batch.cu_seqlens_q.tolist()
+        own = [t for a, b in pairwise(starts) for t in [*range(a, b), starts[-1]]]
+        longer = PrefillBatch(
+            torch.tensor([t + n for n, t in enumerate(starts)], dtype=torch.int32),
+            batch.seq_lens + 1,
+            batch.max_q_len + 1,
+            batch.max_seq_len + 1,
+        )
+        out, lse = backend.attend(q[own].nan_to_num(0.0), kv, longer, table, return_lse=True, **kw)
+        kept = [n for n, t in enumerate(own) if t != starts[-1]]
+        tail = torch.zeros_like(q[starts[-1] :])
+        out, lse = torch.cat([out[kept], tail]), torch.cat([lse[kept], tail[..., 0].float()])
+        return (out, lse) if return_lse else out
+
+    return rebuilt(backend, attend=attend)
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, NUMBA], ids=lambda b: b.name)
+def test_reading_one_slot_past_the_sequence(backend: Backend) -> None:
+    """The slot at seq_lens holds NaN; reading it, even with weight zero, turns law 8 red."""
+    assert_red(
+        functools.partial(test_attention.test_hard_places, g=PAST_THE_END, kind="full"), read_one_slot_past(backend)
+    )
+
+
 @dataclass(frozen=True)
 class Fault:
     """An edit of the reference's source and a test that must notice it."""
@@ -191,8 +225,13 @@ class Fault:
     old: str
     new: str
     law: Callable[[Backend], None]
+    how: type[Exception] | tuple[type[Exception], ...] = AssertionError
 
 
+WILD_READ = (
+    AssertionError,
+    IndexError,
+)  # on the CPU a wild page id ends in an IndexError, if the law sees no NaN first
 EXECUTION = test_laws.test_execution_equals_dense_attention_under_the_blocks
 FAULTS = [
     Fault(
@@ -233,7 +272,13 @@ FAULTS = [
     Fault("rows descend", reference.table, "nonzero()[:, 0]", "nonzero()[:, 0].flip(0)", test_laws.test_canonical_form),
     Fault("edge + 1", reference.attention, "key > position[:, None]", "key > position[:, None] + 1", EXECUTION),
     Fault("edge - 1", reference.attention, "key > position[:, None]", "key >= position[:, None]", EXECUTION),
-    Fault("a slot past seq_lens", reference.attention, "key <= position[-1]]", "key <= position[-1] + 1]", EXECUTION),
+    Fault(
+        "a slot past seq_lens",
+        reference.attention,
+        "key <= position[-1]]",
+        "key <= position[-1] + 1]",
+        functools.partial(test_attention.test_hard_places, g=PAST_THE_END, kind="full"),
+    ),
     Fault(
         "the next KV head",
         reference.attention,
@@ -247,12 +292,13 @@ FAULTS = [
         ": int(table.counts[r])]",
         ": int(table.counts[r]) + 1]",
         EXECUTION,
+        WILD_READ,
     ),
     Fault(
         "lse in base 2",
         reference.attention,
-        "lse[rows, h] = row_lse",
-        "lse[rows, h] = row_lse / math.log(2)",
+        "(out, lse) if return_lse",
+        "(out, lse / math.log(2)) if return_lse",
         EXECUTION,
     ),
     Fault(
@@ -275,6 +321,7 @@ FAULTS = [
         "complete = request.seq_len // block_size",
         "complete = -(-request.seq_len // block_size)",
         test_selection.test_flash_prefill_trusts_a_summary,
+        WILD_READ,
     ),
     Fault(
         "ties go to the higher id",
@@ -325,7 +372,7 @@ def source_mutant(fault: Fault) -> Backend:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
 def test_faults_in_the_reference(fault: Fault) -> None:
     """One changed line, one red test."""
-    assert_red(fault.law, source_mutant(fault))
+    assert_red(fault.law, source_mutant(fault), fault.how)
 
 
 def test_a_summary_that_is_not_extended() -> None:
