@@ -329,7 +329,7 @@ def geometries(draw: st.DrawFn, sizes: Sizes, **fixed: object) -> Geometry:
     kv_heads = draw(st.integers(1, max(1, sizes.heads // group)))
     past = [s - q for q, s in zip(q_lens, seq_lens, strict=True)]
     common = min(past[:2]) // page_size if len(past) > 1 else 0
-    span = draw(st.sampled_from((None, 1, 1, 2, 3)))
+    span = draw(st.sampled_from((None, 1, 1, 1, 2, 3)))
     prompts = None
     if draw(st.integers(0, 3)) == 0:
         prompts = tuple(s + draw(st.sampled_from((0, 0, 1, query_block, 999))) for s in seq_lens)
