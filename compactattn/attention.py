@@ -70,7 +70,7 @@ def attend(
     check_queries(q, kv, batch)
     check_table(table, q, kv, batch)
     check_out(out, q)
-    chosen = resolve_backend(backend, q.device)
+    chosen = resolve_backend(backend, q.device, q.dtype)
     scale = resolve_scale(scale, q.shape[-1])
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

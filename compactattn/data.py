@@ -192,8 +192,10 @@ class PagedKV:
 
         Any strides with a contiguous last dimension: [B, Hkv, L, D] caches transposed, slices of a longer cache.
         When L is a multiple of `page_size` the result is a view (`as_strided`; the page table skips what lies
-        between requests, so `num_pages` can exceed B · L / page_size). Otherwise, and where k and v are laid out
-        so differently that one page table cannot serve both, k and v are copied once, padded with zeros.
+        between requests, so `num_pages` can exceed B · L / page_size, and with it the size of a summary: up to one
+        page per token for a slice of a longer cache whose length has no factor in common with `page_size`).
+        Otherwise, and where k and v are laid out so differently that one page table cannot serve both, k and v are
+        copied once, padded with zeros.
 
         Raises:
             ValueError: shapes that differ or are not 4-D, L = 0, or whatever `PagedKV` refuses.

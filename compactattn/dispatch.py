@@ -13,8 +13,8 @@ Backend = Literal["triton", "numba"]
 BACKENDS: tuple[Backend, ...] = ("triton", "numba")
 
 
-def resolve_backend(backend: str | None, device: torch.device) -> Backend:
-    """The backend for tensors on `device`; never a silent fallback.
+def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtype | None = None) -> Backend:
+    """The backend for tensors on `device`, of `dtype` where products are computed; never a silent fallback.
 
     Raises:
         ValueError: an unknown name, a device that no backend serves, or a backend that cannot run here; the
@@ -30,6 +30,8 @@ def resolve_backend(backend: str | None, device: torch.device) -> Backend:
         if reason is not None:
             raise fail("backend", f"{chosen!r} (or None) for {device.type} tensors", f"{backend!r}: {reason}")
         chosen = "triton"
+        if dtype == torch.bfloat16 and device.type == "cpu":  # its bfloat16 products are wrong
+            raise fail("backend", "float16 or float32 tensors under Triton's interpreter", f"{backend!r} and {dtype}")
     elif chosen == "triton" and importlib.util.find_spec("triton") is None:
         raise fail("backend", "an installed triton for CUDA tensors", "none")
     return chosen

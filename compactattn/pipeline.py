@@ -106,7 +106,7 @@ def select_table(
         check_int("query_blocks_per_span", query_blocks_per_span, 1)
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
-    chosen = resolve_backend(backend, q.device)
+    chosen = resolve_backend(backend, q.device, q.dtype)
     scale = resolve_scale(scale, q.shape[-1])
     if summary is not None:
         summarize(kv, batch, block_size=selector.block_size, summary=summary, backend=chosen)

@@ -46,7 +46,7 @@ def select(
     check_blocks(kv, selector.block_size)
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
-    chosen = resolve_backend(backend, q.device)
+    chosen = resolve_backend(backend, q.device, q.dtype)
     scale = resolve_scale(scale, q.shape[-1])
     q_blocks, kv_blocks = batch.query_blocks(selector.query_block), batch.kv_blocks(selector.block_size)
     if q_blocks == 0:

@@ -33,7 +33,8 @@ def summarize(
     """Average the cached keys (and values), or bring a summary up to date in place.
 
     Every unit of `min(page_size, block_size)` tokens that holds a position in [`since`, `seq_lens`) is recomputed
-    whole, in float32, over slots below `seq_lens` only.
+    whole, in float32, over slots below `seq_lens` only. A page that several requests share must lie within all of
+    them, as shared prefixes do: its means are those of the page, not of one request.
 
     Args:
         kv: the paged cache.
@@ -59,6 +60,8 @@ def summarize(
         check_tensor("since", since, ndim=1, dtype=torch.int32)
         check_shape("since", since, (batch.size,), "one per request")
         check_same_device("since", since, kv.k.device)
+        if not since.is_contiguous():
+            raise fail("since", "a contiguous tensor", f"strides {since.stride()}")
     elif since is not None:
         check_int("since", since, 0)
     if summary is None:
@@ -66,8 +69,6 @@ def summarize(
         since = 0 if since is None else since
     else:
         check_summary(summary, kv, block_size, values=values)
-        if not summary.k_mean.is_contiguous() or not (summary.v_mean is None or summary.v_mean.is_contiguous()):
-            raise fail("summary", "contiguous means", f"strides {summary.k_mean.stride()}")
     if chosen == "triton":
         from compactattn._triton.summary import update_summary
     else:

@@ -124,6 +124,9 @@ def check_summary(summary: KVSummary, kv: PagedKV, block_size: int, *, values: b
     check_same_device("summary.k_mean", summary.k_mean, kv.k.device)
     if summary.v_mean is not None:
         check_same_device("summary.v_mean", summary.v_mean, kv.k.device)
+    for name, means in (("summary.k_mean", summary.k_mean), ("summary.v_mean", summary.v_mean)):
+        if means is not None and not means.is_contiguous():
+            raise fail(name, "a contiguous tensor", f"strides {means.stride()}")
     if values and summary.v_mean is None:
         raise fail("summary", "a summary with values (summarize(..., values=True))", "v_mean=None")
 
@@ -159,6 +162,8 @@ def check_rows(name: str, table: GroupMask | BlockTable, q_heads: int, batch: Pr
 def check_table(table: BlockTable, q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
     check_rows("table", table, q.shape[1], batch)
     check_blocks(kv, table.block_size)
+    if table.rows.numel() and not table.indices.shape[0]:
+        raise fail("table.indices", "at least the rows that table.rows uses", "none")
     blocks = batch.kv_blocks(table.block_size)
     if table.indices.shape[1] != blocks:
         raise fail("table.indices", f"{blocks} columns = Kb of the batch", table.indices.shape[1])
@@ -173,6 +178,8 @@ def check_out(out: torch.Tensor | None, q: torch.Tensor) -> None:
     check_same_device("out", out, q.device)
     if out.stride(-1) != 1:
         raise fail("out", "a contiguous last dimension (stride 1)", f"strides {out.stride()}")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise fail("out", "rows that do not overlap", f"strides {out.stride()}")
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:

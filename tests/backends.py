@@ -110,7 +110,7 @@ INTERPRETER = _library(
     "triton",
     "cpu",
     Sizes(
-        10,
+        7,
         q_len=140,
         seq_len=520,
         requests=2,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 
 import torch
 
@@ -16,7 +18,15 @@ torch.set_num_threads(1)  # the shapes are small, and spinning threads fight ove
 
 pytest.register_assert_rewrite("tests.laws", "tests.numerics")
 
+import compactattn._numba  # noqa: E402
+import compactattn._triton  # noqa: E402
 from tests.backends import GPU, INTERPRETER, NUMBA, REFERENCE, Backend  # noqa: E402
+
+# hypothesis also draws constants of the project's own modules, so load those that load late: the same draws every time
+for package in (compactattn._numba, compactattn._triton):
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if module.name != "compactattn._triton.hopper":  # Gluon's names change between Triton versions
+            importlib.import_module(module.name)
 
 settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None, database=None, print_blob=False)
 settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)

@@ -299,12 +299,12 @@ def evenly(options: Sequence[T]) -> st.SearchStrategy[T]:
 def request_lens(draw: st.DrawFn, longest_q: int, longest: int, block_size: int, query_block: int) -> tuple[int, int]:
     """(q_len, seq_len) of one request: chunks on and off the block grid, decode and speculation rows, nothing."""
     kind = draw(
-        st.sampled_from(("chunk", "chunk", "chunk", "chunk", "first", "decode", "speculation", "idle", "absent"))
+        evenly(
+            ("chunk", "chunk", "chunk", "chunk", "first", "decode", "decode", "speculation", "idle", "idle", "absent")
+        )
     )
-    near = st.builds(lambda n, d: n * query_block + d, st.integers(1, 3), st.sampled_from((-1, 0, 1)))
-    any_len = st.one_of(
-        st.integers(2, longest_q), st.integers(longest_q // 2, longest_q), near.map(lambda n: min(n, longest_q))
-    )
+    near = st.builds(lambda n, d: min(n * query_block + d, longest_q), st.integers(1, 3), evenly((-1, 0, 0, 1)))
+    any_len = draw(evenly((st.integers(2, longest_q), st.integers(longest_q // 2, longest_q), near)))
     fixed = {"decode": st.just(1), "speculation": st.integers(2, 5), "idle": st.just(0), "absent": st.just(0)}
     q_len = draw(fixed.get(kind, any_len))
     if kind in ("first", "absent"):

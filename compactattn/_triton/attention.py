@@ -315,7 +315,9 @@ def _attend_kernel(
             limit = past_len + tl.minimum(first_query + ROWS, q_len)  # no row of this program sees what lies there
             dim = tl.arange(0, DIM_PADDED)
             token = (q_start + query).to(tl.int64)
-            q_pointers = q + token[:, None] * q_stride_token + row_head[:, None] * q_stride_head + dim[None, :]
+            q_pointers = (
+                q + token[:, None] * q_stride_token + row_head.to(tl.int64)[:, None] * q_stride_head + dim[None, :]
+            )
             queries = tl.load(q_pointers, mask=valid[:, None] & (dim < DIM)[None, :], other=0.0)
             row = tl.load(rows + (b.to(tl.int64) * HEADS + head) * q_blocks + i)
             blocks = indices + row.to(tl.int64) * kv_blocks
@@ -373,7 +375,12 @@ def _attend_kernel(
             empty = total == 0.0
             total = tl.where(empty, 1.0, total)
             result = tl.where(empty[:, None], 0.0, tl.div_rn(acc, total[:, None]) if PRECISE else acc / total[:, None])
-            out_pointers = out + token[:, None] * out_stride_token + row_head[:, None] * out_stride_head + dim[None, :]
+            out_pointers = (
+                out
+                + token[:, None] * out_stride_token
+                + row_head.to(tl.int64)[:, None] * out_stride_head
+                + dim[None, :]
+            )
             out_mask = valid[:, None] & (dim < DIM)[None, :]
             tl.store(out_pointers, result.to(out.dtype.element_ty), mask=out_mask)
             if LSE:

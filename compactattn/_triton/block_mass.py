@@ -62,7 +62,7 @@ def _strided_lse_kernel(
         s = tl.zeros([ROWS, KEYS], tl.float32)
         for slot in range(STRIDE):
             row = m * STRIDE + STRIDE - 1 - slot
-            q_offset = (q_start + row).to(tl.int64)[:, None] * q_stride_token + head * q_stride_head
+            q_offset = (q_start + row).to(tl.int64)[:, None] * q_stride_token + head.to(tl.int64) * q_stride_head
             q_mask = (row < q_len)[:, None] & (dim < DIM)[None, :]
             queries = tl.load(q + q_offset + dim[None, :], mask=q_mask, other=0.0)
             key = n * STRIDE + slot

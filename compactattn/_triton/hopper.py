@@ -166,7 +166,7 @@ def _consumer(
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
 
     io_lane = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, io_layout))
-    io_head = head + gl.where(packed != 0, io_lane // PACKED, 0)
+    io_head = (head + gl.where(packed != 0, io_lane // PACKED, 0)).to(gl.int64)
     io_query = gl.where(packed != 0, io_lane % PACKED, first_query + io_lane)
     io_valid = (io_query < q_len) & ((io_lane < PACKED * GROUP) | (packed == 0))
     dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io_layout))

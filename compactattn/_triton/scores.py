@@ -62,7 +62,7 @@ def _scores_kernel(
     scored_tile = tl.minimum(stop_tile, tl.maximum(first_tile, (reach + TILE - 1) // TILE))
     dim = tl.arange(0, DIM_PADDED)
     means = block_means + (b.to(tl.int64) * (HEADS // GROUP) + head // GROUP) * kv_blocks * DIM
-    q_base = q + q_start.to(tl.int64) * q_stride_token + head * q_stride_head
+    q_base = q + q_start.to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
     lane = i * QUERY_BLOCK + tl.arange(0, ROWS)
     q_mask = (lane < q_len)[:, None] & (dim < DIM)[None, :]
     q_lanes = tl.load(q_base + lane.to(tl.int64)[:, None] * q_stride_token + dim[None, :], mask=q_mask, other=0.0)
