@@ -89,7 +89,7 @@ GPU_PINS = (
 REFERENCE = Backend(
     "reference",
     "cpu",
-    Sizes(20, q_len=200, seq_len=1500, requests=3, heads=8, dtypes=(SINGLE, HALF, BRAIN), dims=ALL_DIMS),
+    Sizes(40, q_len=200, seq_len=1500, requests=3, heads=8, dtypes=(SINGLE, HALF, BRAIN), dims=ALL_DIMS),
     reference.summarize,
     reference.select,
     reference.unite,

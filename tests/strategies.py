@@ -298,11 +298,8 @@ def evenly(options: Sequence[T]) -> st.SearchStrategy[T]:
 @st.composite
 def request_lens(draw: st.DrawFn, longest_q: int, longest: int, block_size: int, query_block: int) -> tuple[int, int]:
     """(q_len, seq_len) of one request: chunks on and off the block grid, decode and speculation rows, nothing."""
-    kind = draw(
-        evenly(
-            ("chunk", "chunk", "chunk", "chunk", "first", "decode", "decode", "speculation", "idle", "idle", "absent")
-        )
-    )
+    kinds = ("chunk",) * 6 + ("first", "decode", "decode", "speculation", "idle", "idle", "absent")
+    kind = draw(evenly(kinds))
     near = st.builds(lambda n, d: min(n * query_block + d, longest_q), st.integers(1, 3), evenly((-1, 0, 0, 1)))
     any_len = draw(evenly((st.integers(2, longest_q), st.integers(longest_q // 2, longest_q), near)))
     fixed = {"decode": st.just(1), "speculation": st.integers(2, 5), "idle": st.just(0), "absent": st.just(0)}
@@ -329,7 +326,7 @@ def geometries(draw: st.DrawFn, sizes: Sizes, **fixed: object) -> Geometry:
     kv_heads = draw(st.integers(1, max(1, sizes.heads // group)))
     past = [s - q for q, s in zip(q_lens, seq_lens, strict=True)]
     common = min(past[:2]) // page_size if len(past) > 1 else 0
-    span = draw(st.sampled_from((None, 1, 1, 1, 2, 3)))
+    span = draw(evenly((None, None, 1, 1, 1, 1, 2, 3)))
     prompts = None
     if draw(st.integers(0, 3)) == 0:
         prompts = tuple(s + draw(st.sampled_from((0, 0, 1, query_block, 999))) for s in seq_lens)

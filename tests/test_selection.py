@@ -78,7 +78,9 @@ def few_keys(sizes: Sizes) -> st.SearchStrategy[Geometry]:
     return geometries(replace(sizes, q_len=min(sizes.q_len, 130), seq_len=min(sizes.seq_len, 460), heads=2))
 
 
-@for_all(geometry=few_keys, selector=functools.partial(selectors, kinds=("xattention",)), coherent=st.booleans())
+@for_all(
+    examples=2, geometry=few_keys, selector=functools.partial(selectors, kinds=("xattention",)), coherent=st.booleans()
+)
 def test_xattention(backend: Backend, g: Geometry, selector: Selector, coherent: bool) -> None:
     """Antidiagonal strided scores, the smallest set of blocks that reaches the mass."""
     step = make_step(g, backend.device, coherent=coherent)
@@ -166,6 +168,21 @@ def test_the_maximum_includes_the_current_chunk(backend: Backend) -> None:
     # row 63 alone scores block 6 in query block 0: exp(5) against 64 rows that score the past at exp(0)
     assert mask[0] == [True] * 6 + [True, False]
     assert mask[1] == [False] * 6 + [True, False]
+
+
+def test_xattention_sums_antidiagonals(backend: Backend) -> None:
+    """Slot a of a query group meets slot stride - 1 - a of a key group."""
+    g = Geometry((64,), (384,))
+    step = make_step(g, backend.device)
+    q, k = step.q.clone(), torch.zeros_like(step.kv.k)
+    q[: step.rows] = 0.0
+    q[: step.rows : 16] = 4.5  # slot 0 alone
+    for block, slot in ((1, 15), (3, 0)):  # a page of 16 is a key group
+        for n in range(4 * block, 4 * block + 4):
+            k[int(step.kv.page_table[0, n]), slot] = 4.5
+    selector = XAttention(threshold=0.5, stride=16, sink_blocks=0, window_blocks=0, **RULES)
+    mask = backend.select(q, PagedKV(k, step.kv.v, step.kv.page_table), step.batch, selector).mask
+    assert mask[0, 0, 0].nonzero()[:, 0].tolist() == [1]
 
 
 @pytest.mark.parametrize("selector", [Oracle(top_k=3, **RULES), Oracle(mass=0.4, **RULES)], ids=["top_k", "mass"])
