@@ -24,6 +24,7 @@ from tests.backends import NUMBA, REFERENCE, Backend, compose_table
 
 # the sequence ends within a page and a block, and its last query block is short
 PAST_THE_END = test_attention.HARD[0]
+TWO_KV_HEADS = test_attention.HARD[1]
 
 
 def rebuilt(backend: Backend, **stages: Callable[..., Any]) -> Backend:
@@ -284,7 +285,9 @@ FAULTS = [
         reference.attention,
         "kv, request, key)[:, h // group]",
         "kv, request, key)[:, h // group - 1]",
-        EXECUTION,
+        functools.partial(
+            test_attention.test_hard_places, g=next(g for g in test_attention.HARD if g.kv_heads > 1), kind="full"
+        ),
     ),
     Fault(
         "entries past counts are read",
