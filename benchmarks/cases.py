@@ -174,7 +174,7 @@ def _h200_cases() -> tuple[Case, ...]:
     goal = [Case("step", shape, 128 * K, 1024) for shape in both]
     tables = [Case("tables", shape, 128 * K, 1024, workload="noise") for shape in both]
     layouts = [Case("layouts", shape, 128 * K, 1024) for shape in both]
-    prompts = [prompt_cases(case, PROMPTS, {}) for case in goal]
+    prompts = [prompt_cases(case, PROMPTS, {256 * K: 4}) for case in goal]
     hosts = [Case("host", shape, context, 1024) for shape, context in itertools.product(both, (128 * K, 8 * K))]
     scaling = [Case("scaling", ONE, 8 * K << n, 1024) for n in range(8)]
     grid = [Case("step", shape, context, 1024) for context in reversed(CONTEXTS) for shape in both]

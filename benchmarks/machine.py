@@ -19,7 +19,7 @@ from torch import Tensor
 import compactattn
 from compactattn import PagedKV
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SIZE = 8192  # of the product that stands for the matrix units
 LONG = 2 * SIZE
 SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
@@ -68,10 +68,19 @@ def environment(device: str, commit: str | None = None) -> dict[str, object]:
 
 
 def _revision(told: str | None) -> dict[str, object]:
-    """The commit by git, or the one that the caller names; whether the tree differs from it is known by git alone."""
-    known = output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    if known is None:
+    """The commit by git, or the one that the caller names; whether the tree differs from it is known by git alone.
+
+    A copy of the sources inside another repository is not that repository's.
+
+    Raises:
+        ValueError: git knows another commit than the caller.
+    """
+    top = output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT.resolve():
         return {"commit": told, "uncommitted_changes": None}
+    known = output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or ""
+    if told is not None and not (told.startswith(known) or known.startswith(told)):
+        raise ValueError(f"--commit: expected {known}, as git says, got {told}")
     changes = output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return {"commit": known, "uncommitted_changes": bool(changes)}
 
@@ -96,7 +105,7 @@ def sensors() -> dict[str, str | None]:
     return dict(zip(SENSORS, values, strict=False))
 
 
-def ceilings(seconds: float = 2.0) -> dict[str, object]:
+def ceilings(seconds: float = 3.0) -> dict[str, object]:
     """What this card reaches today: bf16 products cold and sustained, TFLOP/s, and a device copy, TB/s read + written.
 
     The sensors are read while idle and in the middle of the sustained products.
@@ -116,7 +125,12 @@ def ceilings(seconds: float = 2.0) -> dict[str, object]:
     cold = _queued(lambda: torch.mm(small_a, small_b, out=small), 10)
     one = _queued(lambda: torch.mm(a, b, out=large), 3)[-1]
     busy: list[dict[str, str | None]] = []
-    many = _queued(lambda: torch.mm(a, b, out=large), max(4, int(seconds * 1e3 / one)), lambda: busy.append(sensors()))
+
+    def look() -> None:
+        time.sleep(seconds / 2)
+        busy.append(sensors())
+
+    many = _queued(lambda: torch.mm(a, b, out=large), max(4, int(seconds * 1e3 / one)), look)
     sustained = sorted(many[-max(1, len(many) // 4) :])
     copied = _queued(lambda: target.copy_(source), 10)
     return {

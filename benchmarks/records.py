@@ -13,7 +13,6 @@ from benchmarks.measure import rows_of
 Record = dict[str, Any]
 
 DENSE = ("dense cuDNN", "dense CPU SDPA")
-FIXED = ("1x1", "4xchunk")
 
 
 def load(path: Path) -> Record:

@@ -39,6 +39,9 @@ def _one_line(record: Record) -> str:
         return f"{name}: " + ", ".join(f"{row} {time:.0f} µs" for row, time in times.items())
     if record["case"]["kind"] == "scaling":
         return f"{name}: " + ", ".join(f"{row['name']} {milliseconds(row):.4f} ms" for row in green_rows(record))
+    if record["case"]["kind"] == "layouts":
+        rates = {row["name"]: teraflops(row) for row in green_rows(record) if row["name"].startswith("attend")}
+        return f"{name}: " + ", ".join(f"{row} {rate:.3g} TFLOP/s" for row, rate in rates.items())
     words = [f"dense {milliseconds(dense):.3f} ms"]
     for row in green_rows(record):
         if row is not dense and record["case"]["kind"] == "step" and row["family"] != "stage":

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import latency, machine, report_prompts
-from benchmarks.__main__ import main
+from benchmarks import latency, machine, report_floors, report_prompts
+from benchmarks.__main__ import RESULTS, main
 from benchmarks.cases import KINDS, TP2_RANK, Case, Preset, preset
 from benchmarks.measure import failed
 from benchmarks.published import PAPER_SPEEDUPS
 from benchmarks.records import load
 from benchmarks.report import markdown, write_report
 
+PERCENTILES = ("p20_ms", "p50_ms", "p80_ms")
 QUICK = Preset("cpu", (), 0.01, 60.0)
 
 
@@ -80,6 +81,16 @@ def test_sources_are_known_without_git(tmp_path: Path, monkeypatch: pytest.Monke
     assert (found["commit"], found["uncommitted_changes"], found["sources"]) == ("abc1234", None, machine.sources())
 
 
+def test_a_copy_inside_another_repository_has_no_commit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"--show-toplevel": "/somewhere/else", "--short": "fedcba9"}
+    monkeypatch.setattr(machine, "output", lambda *command: next((answers[w] for w in command if w in answers), ""))
+    assert machine.environment("cpu")["commit"] is None
+    answers["--show-toplevel"] = str(machine.ROOT)
+    assert machine.environment("cpu")["commit"] == machine.environment("cpu", "fedcba98")["commit"] == "fedcba9"
+    with pytest.raises(ValueError, match="--commit: expected fedcba9, as git says, got 1234567"):
+        machine.environment("cpu", "1234567")
+
+
 def test_resuming_keeps_what_is_there(result: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(result, tmp_path))
     names = [record["name"] for record in load(path)["cases"]]
@@ -117,10 +128,34 @@ def test_json_becomes_a_report(result: Path, tmp_path: Path) -> None:
     assert again == words
 
 
-def test_a_result_of_the_first_schema_can_still_be_read() -> None:
-    old = load(Path("benchmarks/results/latency-h200.json"))
-    assert old["runs"][0]["environment"]["gpu"]
-    assert "Whole prompts" in markdown(old, [])
+def test_a_result_of_the_first_schema_can_still_be_read(result: Path, tmp_path: Path) -> None:
+    found = json.loads(result.read_text())
+    (run,) = found.pop("runs")
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({**found, **run, "schema": 1}))
+    assert "Whole prompts" in markdown(load(old), [])
+
+
+def test_committed_results_are_green() -> None:
+    paths = list(RESULTS.glob("latency-*.json"))
+    assert paths
+    for path in paths:
+        assert not any(failed(record) for record in load(path)["cases"])
+
+
+def test_floors_by_hand() -> None:
+    def row(name: str, flops: float, time: float) -> dict[str, Any]:
+        times = {"graph": dict.fromkeys(PERCENTILES, time)}
+        gate = {"passed": True}
+        return {"name": name, "grouping": "1x1", "flops": flops, "bytes": 4e9, "gate": gate, "times": times}
+
+    rows = [row(f"attend 1x1, equal {d:g}", d * 4e12, 0.5 + d * 8) for d in (0.0225, 0.1, 0.25)]
+    record = {"rows": [*rows, row("matmul", 1e12, 1.0), row("copy", 0.0, 2.0)]}
+    result = {"runs": [{"ceilings": {}}]}
+    assert report_floors.floors(result, record, rows[1]) == pytest.approx((0.4, 2.0))
+    fixed, rate, shares = report_floors.line(record, "1x1")
+    assert (fixed, rate) == pytest.approx((0.5, 500.0))
+    assert shares == pytest.approx({0.0225: 1.0, 0.1: 1.0, 0.25: 1.0})
 
 
 # ---- whole prompts ----
@@ -144,9 +179,6 @@ def prompt_result(times: dict[int, tuple[float, float]], ends: dict[int, int], s
         case = Case("prompt", TP2_RANK, end, 1024, since=since)
         cases.append({"name": case.name, "case": asdict(case), "status": "ok", "chunks": chunks, "did_not_run": {}})
     return {"cases": cases}
-
-
-PERCENTILES = ("p20_ms", "p50_ms", "p80_ms")
 
 
 def test_prompt_sums_come_from_their_chunks() -> None:
