@@ -7,6 +7,7 @@ of them, when the clock has come down). Everything that is compared is therefore
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import platform
 import subprocess
@@ -159,16 +160,22 @@ def _median(samples: list[float]) -> float:
 
 
 def attend_kernel(q: Tensor, kv: PagedKV, block_size: int, query_block: int) -> str:
-    """Which attention kernel the library's rule chooses for a call (its default scale being positive), and why.
+    """Which attention kernel the library's rule chooses for a call on freshly allocated, aligned tensors, and why.
 
     "hopper", or "general: " and what the Hopper kernel refuses; "numba" on the CPU.
     """
     if not q.is_cuda:
         return "numba"
-    from compactattn._triton import attention
+    from compactattn._triton.attention import why_not_hopper
 
-    capability = torch.cuda.get_device_capability(q.device)
-    refusal = attention.why_not_hopper(capability, q.dtype, q.shape[-1], kv.page_size, block_size, query_block)
-    if refusal is None and not attention._tma_strides(kv):
-        refusal = "strides or addresses that are not multiples of 16 bytes"
+    problem = {
+        "capability": torch.cuda.get_device_capability(q.device),
+        "dtype": q.dtype,
+        "head_dim": q.shape[-1],
+        "page_size": kv.page_size,
+        "block_size": block_size,
+        "query_block": query_block,
+    }
+    # the rule's parameters say what it depends on, and that differs between versions of the kernel
+    refusal = why_not_hopper(**{name: problem[name] for name in inspect.signature(why_not_hopper).parameters})
     return "hopper" if refusal is None else f"general: {refusal}"

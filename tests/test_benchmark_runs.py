@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +80,19 @@ def test_sources_are_known_without_git(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(machine, "output", lambda *command: None)
     found = machine.environment("cpu", "abc1234")
     assert (found["commit"], found["uncommitted_changes"], found["sources"]) == ("abc1234", None, machine.sources())
+
+
+def test_the_attention_kernel_is_what_the_rule_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    q: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 128))
+    kv: Any = SimpleNamespace(page_size=128)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert machine.attend_kernel(q, kv, 128, 128) == "general: compute capability 8.0, not 9.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    assert machine.attend_kernel(q, kv, 128, 128) == "hopper"
+    q.dtype = torch.float32
+    assert machine.attend_kernel(q, kv, 128, 128).startswith("general: torch.float32")
+    assert machine.attend_kernel(torch.zeros(1), kv, 128, 128) == "numba"
 
 
 def test_a_copy_inside_another_repository_has_no_commit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
