@@ -140,7 +140,7 @@ SMALL = Shape(1, 4, 1)
 CONTEXTS = (8 * K, 16 * K, 32 * K, 64 * K, 128 * K, 256 * K)
 CHUNKS = (512, 1024, 2048, 4096)
 PROMPTS = (32 * K, 64 * K, 128 * K, 256 * K)
-CORRELATIONS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)
+CORRELATIONS = (1.0, 0.9, 0.75, 0.5, 0.4, 0.25, 0.0)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figure import canvas, finish, lines
-from benchmarks.records import Record, find, green_rows, of_kind, teraflops, tokens
-from benchmarks.report_scaling import scaling_rows
+from benchmarks.records import Record, green_rows, of_kind, tokens
+from benchmarks.report_scaling import relative_time, scaling_rows
 from benchmarks.scaling import KEPT
 
 
@@ -54,9 +54,8 @@ def _layouts(panel: Any, result: Record) -> None:
         for row in green_rows(record):
             kind, _, what = row["name"].partition(f" {row['grouping']}, ")
             if kind == "attend":
-                aligned = find(record, f"attend {row['grouping']}, page {record['case']['page_size']}")
                 label = f"{row['grouping']}, B={record['case']['shape']['batch']}"
-                series.setdefault(label, {})[what] = teraflops(aligned) / teraflops(row)
+                series.setdefault(label, {})[what] = relative_time(record, row)
                 if what not in names:
                     names.append(what)
     width = 0.8 / max(1, len(series))

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+from benchmarks import gate
 from benchmarks.cases import Case
 from benchmarks.contestants import step_field
 from benchmarks.measure import measure
@@ -18,6 +19,7 @@ from benchmarks.workloads import (
     BLOCK,
     PUBLISHED_DENSITY,
     QUERY_NOISE,
+    SELECTOR,
     WORKLOADS,
     Density,
     Step,
@@ -25,7 +27,10 @@ from benchmarks.workloads import (
     plant,
     structure_generator,
 )
-from compactattn import PagedKV, PrefillBatch
+from compactattn import PagedKV, PrefillBatch, select
+from compactattn.selection import block_rules
+
+SELECTION_CHECKED = 8  # of so many measured chunks, one has its mask compared with float64 scores
 
 
 class Canvas:
@@ -94,6 +99,8 @@ def measured_prompt(case: Case, seconds: float, device: str, cold: bool) -> dict
     for n in chosen:
         step = canvas.step(n)
         lineup = step_field(replace(case, peers=False), step, stages=False)
+        if n in chosen[::SELECTION_CHECKED]:
+            _check_selection(step)
         rows, missing = measure(lineup, seconds, device, cold=cold, brief=True)
         absent |= missing
         density = {name: asdict(one) for name, one in lineup.measured.items()}
@@ -107,6 +114,19 @@ def measured_prompt(case: Case, seconds: float, device: str, cold: bool) -> dict
         "density": {name: one.as_json() for name, one in total.items()},
         "published_density": PUBLISHED_DENSITY.get(case.context),
     }
+
+
+def _check_selection(step: Step) -> None:
+    """Hold the mask, which the tables are checked against, to float64 scores.
+
+    Raises:
+        RuntimeError: it is not what the scores say.
+    """
+    selection = select(step.q, step.kv, step.batch, SELECTOR)
+    forced = block_rules(step.batch, SELECTOR).forced
+    verdict = gate.check_selection(selection, step.q, step.kv, step.batch, SELECTOR, forced)
+    if not verdict.passed:
+        raise RuntimeError(f"red gate at context {step.context}: {verdict}")
 
 
 def _brief(rows: list[dict[str, object]]) -> list[dict[str, object]]:

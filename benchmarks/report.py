@@ -13,11 +13,13 @@ from benchmarks import (
     report_prompts,
     report_scaling,
     report_steps,
+    report_targets,
 )
 from benchmarks.measure import rows_of
 from benchmarks.records import Record, environment_of, kernels_of, load
 
 SECTIONS = (
+    ("Targets", report_targets.section),
     ("attend alone, controlled tables", report_steps.tables_section),
     ("Whole prompts", report_prompts.section),
     ("One chunk, whole steps", report_steps.steps_section),

@@ -67,20 +67,24 @@ def layouts_section(result: Record) -> list[str]:
     lines = []
     for record in of_kind(result, "layouts"):
         rows = []
-        own = f"page {record['case']['page_size']}"
         for row in green_rows(record):
             kind, _, what = row["name"].partition(f" {row['grouping']}, ")
-            aligned = find(record, f"{kind} {row['grouping']}, {own}")
-            if kind == "attend":
-                relative = teraflops(aligned) / teraflops(row)
-            else:
-                relative = milliseconds(row) / milliseconds(aligned)
+            relative = relative_time(record, row)
             rows.append((f"{kind} {row['grouping']}", what, spread(row), teraflops(row), relative, _kernel(row)))
         rows.sort(key=lambda row: row[0])
         lines += [f"{shape_name(record)}, context {tokens(record['case']['context'])}", ""]
         head = ("", "layout", "ms", "useful TFLOP/s", "time ÷ aligned, per useful FLOP (attend)", "kernel")
         lines += [*table(head, rows), ""]
     return lines
+
+
+def relative_time(record: Record, row: Record) -> float:
+    """Time ÷ that of the same call on the case's own pages, aligned; per useful FLOP where a row counts them."""
+    kind = row["name"].partition(f" {row['grouping']}, ")[0]
+    aligned = find(record, f"{kind} {row['grouping']}, page {record['case']['page_size']}")
+    if kind == "attend":
+        return teraflops(aligned) / teraflops(row)
+    return milliseconds(row) / milliseconds(aligned)
 
 
 def _kernel(row: Record) -> str:

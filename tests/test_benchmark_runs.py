@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import latency, machine, report_floors, report_prompts
+from benchmarks import latency, machine, report_floors, report_prompts, report_targets
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.cases import KINDS, TP2_RANK, Case, Preset, preset
 from benchmarks.measure import failed
@@ -137,6 +137,7 @@ def test_json_becomes_a_report(result: Path, tmp_path: Path) -> None:
         "prefill 4xchunk",
     ):
         assert expected in words
+    assert words.index("Targets") < words.index("attend alone")
     assert "RED" not in words
     again = markdown(json.loads(json.dumps(load(result))), [picture.name for picture in pictures])
     assert again == words
@@ -229,6 +230,17 @@ def test_published_figures_are_labelled_and_never_mixed_in() -> None:
     smaller = prompt_result(times, {32 * 1024: 0})
     smaller["cases"][0]["case"]["shape"]["batch"] = 1
     assert not any("published" in line for line in report_prompts.section(smaller))
+
+
+def test_targets_by_hand() -> None:
+    times = {n * 1024: (float(n), 0.5 if n < 100 else 10.0) for n in range(1, 129)}
+    found = {target.what: target for target in report_targets.targets(prompt_result(times, {128 * 1024: 0}))}
+    (whole,) = [target for what, target in found.items() if "prompt of 128K" in what]
+    assert (whole.bound, whole.measured) == (14.0, pytest.approx(128 * 129 / 2 / (99 * 0.5 + 29 * 10)))
+    assert whole.met
+    (worst,) = [target for what, target in found.items() if "slowest chunk" in what]
+    assert worst.measured == 8
+    assert not report_targets.Target("", 1.1, 1.2, most=True).met
 
 
 # ---- errors ----
