@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from benchmarks.records import (
     DENSE,
     Record,
+    environment_of,
     find,
     green_rows,
     milliseconds,
@@ -51,7 +52,9 @@ def targets(result: Record) -> list[Target]:
 
 
 def section(result: Record) -> list[str]:
-    """Met or not, in numbers."""
+    """Met or not, in numbers; the targets are a GPU's."""
+    if environment_of(result)["gpu"] is None:
+        return []
     rows = [
         (one.what, f"{'≤' if one.most else '≥'} {one.bound:g}", one.measured, "yes" if one.met else "**no**")
         for one in targets(result)
