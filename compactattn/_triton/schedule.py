@@ -115,14 +115,16 @@ def _plan_kernel(
     # entries at the row's end may be cut by the causal edge, or lie beyond this query block altogether
     blocks = indices + row.to(tl.int64) * kv_blocks
     full, visible = count, count
+    last = tl.zeros_like(count)
     reach = (q_blocks * _ROWS + BLOCK_SIZE - 1) // BLOCK_SIZE + 1
     for t0 in range(0, reach, 16):
         t = t0 + tl.arange(0, 16)[None, :]
         near = t < tl.minimum(count, reach)[:, None]
         entry = tl.load(blocks[:, None] + count[:, None] - 1 - t, mask=near & runs[:, None], other=-1)
+        hidden = entry * BLOCK_SIZE >= limit[:, None]
         full -= tl.sum(((entry + 1) * BLOCK_SIZE > position[:, None] + 1).to(tl.int32), axis=1)
-        visible -= tl.sum((entry * BLOCK_SIZE >= limit[:, None]).to(tl.int32), axis=1)
-    last = tl.load(blocks + visible - 1, mask=runs & (visible > full), other=0)
+        visible -= tl.sum(hidden.to(tl.int32), axis=1)
+        last = tl.maximum(last, tl.max(tl.where(hidden, -1, entry), axis=1))
     cut = tl.where(visible > full, tl.maximum((last + 1) * BLOCK_SIZE - limit, 0), 0)
     stages = tl.maximum((visible * BLOCK_SIZE - cut + _STAGE - 1) // _STAGE, 1)  # an empty row has one masked stage
     edge = tl.maximum(stages - full * BLOCK_SIZE // _STAGE, 0)
@@ -175,32 +177,40 @@ def _queue_kernel(
     mean = work // tl.maximum(tiles, 1)
     undivided = (each - 1) * mean + longest <= share + share // 16 + _DIVISION_COST  # when the last whole tile ends
     shortest = tl.maximum(share // 12, _SHORTEST_PART)
-    before = 0
     items = 0
-    taken = 0
-    for turn in tl.static_range(2):  # the long tiles first: what comes last should be short
+    if undivided:
         for s0 in range(0, slots, _QUEUED):
-            slot, held, own = _tile_work(plan, sizes, slots, s0)
-            held = held & ((own > mean + mean // 2) == (turn == 0))
-            own = tl.where(held, own, 0)
-            start = tl.maximum((before + tl.cumsum(own, axis=0) - own) // programs - mean // 2, 0)
-            left = tl.maximum(share - start, shortest)
-            late = held & (undivided == 0) & (own > left + shortest)
-            parts = tl.where(late, (own + left - 1) // left, held.to(tl.int32))
-            needed = tl.where(late, parts, 0)
-            first_scratch = taken + tl.cumsum(needed, axis=0) - needed
-            parts = tl.where(late, tl.maximum(tl.minimum(parts, scratch - first_scratch), 1), parts)
-            divided = parts > 1
-            item = items + tl.cumsum(parts, axis=0) - parts
-            tl.store(plan + 8 * slots + slot, first_scratch, mask=held)
-            tl.store(arrivals + 2 * first_scratch, 0, mask=divided)
-            tl.store(arrivals + 2 * first_scratch + 1, 0, mask=divided)
-            for part in range(tl.max(parts, axis=0)):
-                tl.store(queue_tiles + item + part, slot, mask=part < parts)
-                tl.store(queue_parts + item + part, parts * 65536 + part, mask=part < parts)
-            before += tl.sum(own, axis=0)
-            items += tl.sum(parts, axis=0)
-            taken += tl.sum(needed, axis=0)
+            slot, held, _ = _tile_work(plan, sizes, slots, s0)
+            item = items + tl.cumsum(held.to(tl.int32), axis=0) - 1
+            tl.store(queue_tiles + item, slot, mask=held)
+            tl.store(queue_parts + item, 65536, mask=held)
+            items += tl.sum(held.to(tl.int32), axis=0)
+    else:
+        before = 0
+        taken = 0
+        for turn in tl.static_range(2):  # the long tiles first: what comes last should be short
+            for s0 in range(0, slots, _QUEUED):
+                slot, held, own = _tile_work(plan, sizes, slots, s0)
+                held = held & ((own > mean + mean // 2) == (turn == 0))
+                own = tl.where(held, own, 0)
+                start = tl.maximum((before + tl.cumsum(own, axis=0) - own) // programs - mean // 2, 0)
+                left = tl.maximum(share - start, shortest)
+                late = held & (own > left + shortest)
+                parts = tl.where(late, (own + left - 1) // left, held.to(tl.int32))
+                needed = tl.where(late, parts, 0)
+                first_scratch = taken + tl.cumsum(needed, axis=0) - needed
+                parts = tl.where(late, tl.maximum(tl.minimum(parts, scratch - first_scratch), 1), parts)
+                divided = parts > 1
+                item = items + tl.cumsum(parts, axis=0) - parts
+                tl.store(plan + 8 * slots + slot, first_scratch, mask=held)
+                tl.store(arrivals + 2 * first_scratch, 0, mask=divided)
+                tl.store(arrivals + 2 * first_scratch + 1, 0, mask=divided)
+                for part in range(tl.max(parts, axis=0)):
+                    tl.store(queue_tiles + item + part, slot, mask=part < parts)
+                    tl.store(queue_parts + item + part, parts * 65536 + part, mask=part < parts)
+                before += tl.sum(own, axis=0)
+                items += tl.sum(parts, axis=0)
+                taken += tl.sum(needed, axis=0)
     tl.store(queue, 0)
     tl.store(queue + 1, items)
 
