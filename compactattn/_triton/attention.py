@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from compactattn._triton import INTERPRETED, on_device
+from compactattn._triton.launch import launch
 from compactattn._triton.union import request_lens
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
 
@@ -488,20 +489,19 @@ def attend(
         box = [1, tuning.tile, 1, padded]
         k, v = TensorDescriptor.from_tensor(k, box), TensorDescriptor.from_tensor(v, box)
     with on_device(q):
-        _attend_kernel[(q_blocks * (table.query_block // tuning.rows) * heads, batch.size)](
+        launch(
+            _attend_kernel,
+            (q_blocks * (table.query_block // tuning.rows) * heads, batch.size),
             q,
-            q.stride(0),
-            q.stride(1),
+            *q.stride()[:2],
             k,
             *kv.k.stride()[:3],
             v,
             *kv.v.stride()[:3],
             out,
-            out.stride(0),
-            out.stride(1),
+            *out.stride()[:2],
             out if lse is None else lse,
-            0 if lse is None else lse.stride(0),
-            0 if lse is None else lse.stride(1),
+            *((0, 0) if lse is None else lse.stride()),
             kv.page_table,
             kv.page_table.stride(0),
             batch.cu_seqlens_q,
@@ -512,20 +512,23 @@ def attend(
             scale,
             q_blocks,
             table.indices.shape[1],
-            HEADS=heads,
-            GROUP=group,
-            GROUP_PADDED=triton.next_power_of_2(group),
-            DIM=dim,
-            DIM_PADDED=padded,
-            QUERY_BLOCK=table.query_block,
-            BLOCK_SIZE=table.block_size,
-            PAGE_SIZE=kv.page_size,
-            ROWS=tuning.rows,
-            TILE=tuning.tile,
-            DESCRIPTOR=tuning.descriptor,
-            POSITIVE_SCALE=scale > 0,
-            PRECISE=q.dtype == torch.float32,
-            LSE=lse is not None,
+            constants={
+                "HEADS": heads,
+                "GROUP": group,
+                "GROUP_PADDED": triton.next_power_of_2(group),
+                "DIM": dim,
+                "DIM_PADDED": padded,
+                "QUERY_BLOCK": table.query_block,
+                "BLOCK_SIZE": table.block_size,
+                "PAGE_SIZE": kv.page_size,
+                "ROWS": tuning.rows,
+                "TILE": tuning.tile,
+                "DESCRIPTOR": tuning.descriptor,
+                "POSITIVE_SCALE": scale > 0,
+                "PRECISE": q.dtype == torch.float32,
+                "LSE": lse is not None,
+            },
+            device=q.device,
             num_warps=tuning.num_warps,
             num_stages=tuning.num_stages,
         )

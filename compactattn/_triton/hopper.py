@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
 from compactattn._triton import on_device, schedule
+from compactattn._triton.launch import launch
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
 
 STAGE: gl.constexpr = gl.constexpr(schedule.STAGE)
@@ -512,7 +513,6 @@ def _hopper_kernel(
     PAGE_SIZE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     LSE: gl.constexpr,
-    num_warps: gl.constexpr,
 ):
     """One program per SM, which draws items until the queue is empty."""
     PACKED: gl.constexpr = ROWS // GROUP_PADDED
@@ -648,16 +648,16 @@ def attend(
         work = schedule.schedule_tiles(batch, table, group, programs)
         # parts of divided tiles: their numerators, then their row maxima and denominators
         partial = torch.empty(work.scratch * schedule.ROWS * (dim + 2), dtype=torch.float32, device=q.device)
-        _hopper_kernel[(programs,)](
+        launch(
+            _hopper_kernel,
+            (programs,),
             TensorDescriptor.from_tensor(q, q_box, q_layout),
             TensorDescriptor.from_tensor(kv.k, kv_box, kv_layout),
             TensorDescriptor.from_tensor(kv.v, kv_box, kv_layout),
             out,
-            out.stride(0),
-            out.stride(1),
+            *out.stride()[:2],
             out if lse is None else lse,
-            0 if lse is None else lse.stride(0),
-            0 if lse is None else lse.stride(1),
+            *((0, 0) if lse is None else lse.stride()),
             partial,
             work.scratch,
             work.plan,
@@ -673,13 +673,16 @@ def attend(
             batch.query_blocks(table.query_block),
             table.indices.shape[1],
             kv.k.shape[0],
-            HEADS=heads,
-            GROUP=group,
-            GROUP_PADDED=padded,
-            BLOCK_SIZE=table.block_size,
-            PAGE_SIZE=kv.page_size,
-            HEAD_DIM=dim,
-            LSE=lse is not None,
+            constants={
+                "HEADS": heads,
+                "GROUP": group,
+                "GROUP_PADDED": padded,
+                "BLOCK_SIZE": table.block_size,
+                "PAGE_SIZE": kv.page_size,
+                "HEAD_DIM": dim,
+                "LSE": lse is not None,
+            },
+            device=q.device,
             num_warps=4,
             **schedule.OVERLAPPED,
         )

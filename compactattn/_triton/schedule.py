@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from compactattn._triton import INTERPRETED, on_device
+from compactattn._triton.launch import launch
 from compactattn.data import BlockTable, PrefillBatch
 
 STAGE = 128  # keys per stage
@@ -248,8 +249,11 @@ def schedule_tiles(batch: PrefillBatch, table: BlockTable, group: int, programs:
     plan, filled, queue, queue_tiles, queue_parts, arrivals = torch.empty(
         sum(sizes), dtype=torch.int32, device=table.rows.device
     ).split(sizes)
+    overlap = not INTERPRETED
     with on_device(plan):
-        _plan_kernel[(chunks,)](
+        launch(
+            _plan_kernel,
+            (chunks,),
             batch.cu_seqlens_q,
             batch.seq_lens,
             table.indices,
@@ -261,15 +265,20 @@ def schedule_tiles(batch: PrefillBatch, table: BlockTable, group: int, programs:
             table.indices.shape[1],
             tiles,
             slots,
-            HEADS=heads,
-            GROUP=group,
-            GROUP_PADDED=triton.next_power_of_2(group),
-            BLOCK_SIZE=table.block_size,
-            OVERLAP=not INTERPRETED,
+            constants={
+                "HEADS": heads,
+                "GROUP": group,
+                "GROUP_PADDED": triton.next_power_of_2(group),
+                "BLOCK_SIZE": table.block_size,
+                "OVERLAP": overlap,
+            },
+            device=plan.device,
             num_warps=4,
             **OVERLAPPED,
         )
-        _queue_kernel[(1,)](
+        launch(
+            _queue_kernel,
+            (1,),
             plan,
             filled,
             queue,
@@ -279,7 +288,8 @@ def schedule_tiles(batch: PrefillBatch, table: BlockTable, group: int, programs:
             slots,
             programs,
             scratch,
-            OVERLAP=not INTERPRETED,
+            constants={"OVERLAP": overlap},
+            device=plan.device,
             num_warps=8,
             **OVERLAPPED,
         )
