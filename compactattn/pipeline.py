@@ -16,7 +16,7 @@ from compactattn.attention import attend
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.dispatch import resolve_backend
 from compactattn.selection import select
-from compactattn.selectors import FlashPrefill, Selector, check_selector
+from compactattn.selectors import FlashPrefill, SeerGate, Selector, check_selector
 from compactattn.summary import summarize
 from compactattn.table import build_table
 from compactattn.union import span_blocks, unite
@@ -102,6 +102,8 @@ def select_table(
     check_queries(q, kv, batch)
     check_blocks(kv, selector.block_size)
     check_heads_per_group(heads_per_group, q.shape[1], q.shape[1] // kv.num_kv_heads)
+    if isinstance(selector, SeerGate):
+        selector.check_heads(q)
     if query_blocks_per_span is not None:
         check_int("query_blocks_per_span", query_blocks_per_span, 1)
     if summary is not None:

@@ -127,6 +127,8 @@ def check_summary(summary: KVSummary, kv: PagedKV, block_size: int, *, values: b
     for name, means in (("summary.k_mean", summary.k_mean), ("summary.v_mean", summary.v_mean)):
         if means is not None and not means.is_contiguous():
             raise fail(name, "a contiguous tensor", f"strides {means.stride()}")
+    if summary.gate is not None and not summary.gate.pooled.is_contiguous():
+        raise fail("summary.gate.pooled", "a contiguous tensor", f"strides {summary.gate.pooled.stride()}")
     if values and summary.v_mean is None:
         raise fail("summary", "a summary with values (summarize(..., values=True))", "v_mean=None")
 

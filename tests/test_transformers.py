@@ -20,13 +20,15 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
 import reference
-from compactattn import Dense, FlashPrefill, PagedKV, PrefillBatch, XAttention, summarize
+from compactattn import Dense, FlashPrefill, PagedKV, PrefillBatch, SeerGate, XAttention, summarize
 from compactattn.integrations import transformers as integration
 from compactattn.integrations.transformers import enable, prompt_lens
 from tests.numerics import assert_as_close
+from tests.strategies import gate_weights
 
 DENSE = Dense(block_size=64, query_block=64)
 SPARSE = FlashPrefill(alpha=1.0, sink_blocks=1, window_blocks=1, block_size=64, query_block=64)
+GATE = SeerGate(gate_weights(4, 64, 0), 10_000.0 ** (-torch.arange(0, 64, 2) / 64), threshold=0.3)
 PADS = (0, 70, 203)
 CHUNKS = (128, 64, 1, 1, 100, 3, 1)
 TOKENS = sum(CHUNKS)
@@ -299,8 +301,8 @@ def test_packed_sequences_stay_apart(spy: Spy) -> None:
 
 @pytest.mark.parametrize(
     "selector",
-    [SPARSE, XAttention(threshold=0.4, block_size=64, query_block=64)],
-    ids=["FlashPrefill", "XAttention"],
+    [SPARSE, XAttention(threshold=0.4, block_size=64, query_block=64), GATE],
+    ids=["FlashPrefill", "XAttention", "SeerGate"],
 )
 @pytest.mark.parametrize("pads", [None, PADS], ids=["whole", "left-padded"])
 @pytest.mark.parametrize("span", [None, 1])
@@ -402,6 +404,34 @@ def assert_fresh(pooled: Any, spy: Spy, call: int) -> None:
         pages = kv.page_table[b, : -(-length // 64)].long()
         assert torch.equal(pooled.summary.k_mean[pages], fresh.k_mean[pages])
     assert settings["summary"] is pooled.summary
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("pads", [None, PADS], ids=["whole", "left-padded"])
+def test_gate_keys_are_extended(kind: str, pads: tuple[int, ...] | None, spy: Spy) -> None:
+    enable(selector={1: GATE}, heads_per_group=2)
+    run = model("Llama")
+    ids, mask = prompt(3, pads=pads)
+    cache: Any = DynamicCache() if kind == "dynamic" else StaticCache(config=run.config, max_cache_len=300)
+    logits(run, "compactattn", ids, mask, (128, 63), cache)
+    assert [p is None for p in pooled_layers(cache)] == [True, False]
+    pooled = pooled_layers(cache)[1]
+    pooled.summary.gate.pooled.add_(100.0)
+    logits(run, "compactattn", ids, mask, (1, 1, 1, 37), cache)
+    assert pooled_layers(cache)[1] is pooled
+    assert bool((pooled.summary.gate.pooled[pooled.page_table[0, :2].long()] > 50).all())
+    (_, kv, batch), _, _ = spy.calls[-1]
+    fresh = summarize(kv, batch, block_size=64, gate=GATE).gate
+    for b, length in enumerate(batch.seq_lens.tolist()):
+        pages = kv.page_table[b, max(0, 191 - (pads or (0, 0, 0))[b]) // 64 : -(-length // 64)].long()
+        assert torch.equal(pooled.summary.gate.pooled[pages], fresh.pooled[pages])
+    other = SeerGate(gate_weights(4, 64, 1), GATE.inv_freq * 2, threshold=0.3)
+    enable(selector={1: other}, heads_per_group=2)
+    logits(run, "compactattn", ids, mask, (40,), cache)
+    (_, kv, batch), _, _ = spy.calls[-1]
+    fresh = summarize(kv, batch, block_size=64, gate=other).gate
+    pages = kv.page_table[0, :3].long()
+    assert torch.equal(pooled_layers(cache)[1].summary.gate.pooled[pages], fresh.pooled[pages])
 
 
 @pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])

@@ -22,9 +22,10 @@ tokens cannot be seen in place: the tokens in a `DynamicCache` are no whole numb
 a prompt if `prefill_chunk_size` is a multiple of `block_size`), a `StaticCache` for several requests has a length that
 is no multiple of `block_size`, or requests are left-padded.
 
-The key means that `FlashPrefill` selects by are kept per layer of a cache, extended by each chunk, and freed with the
-cache. They are only used while nothing else wrote to the layer: after `crop`, `reset`, `reorder_cache` or a step of
-another attention implementation they are made anew.
+The key means that `FlashPrefill` selects by, and the pooled keys of `SeerGate`, are kept per layer of a cache, extended
+by each chunk, and freed with the cache. They are only used while nothing else wrote to the layer: after `crop`,
+`reset`, `reorder_cache` or a step of another attention implementation they are made anew. `SeerGate` undoes RoPE by
+position, so it needs what `generate` gives: position ids that count from each request's first token.
 
 Facts about transformers (5.0 to 5.23) that this file relies on: an attention function gets K and V as
 [B, Hkv, L, D] after the cache's update, not repeated over heads, and after RoPE; L is the number of tokens for a
@@ -48,10 +49,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactattn.data import KVSummary, PagedKV, PrefillBatch
+from compactattn.data import GateKeys, KVSummary, PagedKV, PrefillBatch
 from compactattn.dispatch import BACKENDS
 from compactattn.pipeline import prefill
-from compactattn.selectors import Dense, FlashPrefill, Selector, check_selector
+from compactattn.selectors import Dense, FlashPrefill, SeerGate, Selector, check_selector
 from compactattn.summary import summarize
 from compactattn.validation import check_int, fail
 
@@ -261,8 +262,8 @@ def _sparse_attention(
         selector = _dense_like(selector)
     kv = _paged(key, value, step, selector.block_size)
     summary = None
-    if layer is not None and isinstance(selector, FlashPrefill):
-        summary = _summary(layer, key, kv, step, selector.block_size, settings.backend)
+    if layer is not None and isinstance(selector, (FlashPrefill, SeerGate)):
+        summary = _summary(layer, key, kv, step, selector, settings.backend)
     rows = query.transpose(1, 2).flatten(0, 1)
     shape = (query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     if not any(step.q_lens):
@@ -366,6 +367,7 @@ class _Pooled:
         keys, version: the layer's tensor of keys, and how often it had been written to (None: torch does not count).
         seen: tokens in the layer then, padding included; the first `pooled` of them are in `summary`.
         pads: left padding of each request.
+        gate: the selector that `summary` has gate keys for.
         page_table: int32 [B, pages], where `summary` has the pages of each request.
         layout: shapes and strides; equal ones have equal page ids.
     """
@@ -375,6 +377,7 @@ class _Pooled:
     seen: int
     pooled: int
     pads: tuple[int, ...]
+    gate: SeerGate | None
     page_table: Tensor
     layout: tuple[object, ...]
     summary: KVSummary
@@ -442,18 +445,22 @@ def _follow(module: torch.nn.Module, key: Tensor, q_len: int) -> None:
         pooled.look(key, pooled.seen + q_len)
 
 
-def _summary(layer: Any, key: Tensor, kv: PagedKV, step: _Chunk, block_size: int, backend: str | None) -> KVSummary:
+def _summary(
+    layer: Any, key: Tensor, kv: PagedKV, step: _Chunk, selector: FlashPrefill | SeerGate, backend: str | None
+) -> KVSummary:
     """The layer's key means over its past, to be extended by this step; those that were known are not made again."""
-    pooled = _pooled.get(layer)
+    pooled, block_size = _pooled.get(layer), selector.block_size
+    gate = selector if isinstance(selector, SeerGate) else None
     layout = (tuple(kv.k.shape), kv.k.stride(), tuple(kv.page_table.shape))
     if pooled is not None:
         unseen_writes = pooled.version is None and pooled.keys() is key  # in place, and torch does not count them
         same = pooled.pads == tuple(min(pad, pooled.pooled) for pad in step.pads) and pooled.summary.unit == block_size
+        same = same and pooled.gate is gate
         if unseen_writes or not same or pooled.seen != step.past:
             pooled = None
     if pooled is None:
-        summary = summarize(kv, step.batch, block_size=block_size, backend=backend)
-        pooled = _Pooled(weakref.ref(key), None, step.seen, step.seen, step.pads, kv.page_table, layout, summary)
+        summary = summarize(kv, step.batch, block_size=block_size, gate=gate, backend=backend)
+        pooled = _Pooled(weakref.ref(key), None, step.seen, step.seen, step.pads, gate, kv.page_table, layout, summary)
         _pooled[layer] = pooled
     else:
         if pooled.layout != layout:
@@ -477,8 +484,14 @@ def _summary(layer: Any, key: Tensor, kv: PagedKV, step: _Chunk, block_size: int
 
 def _moved(summary: KVSummary, page_table: Tensor, kv: PagedKV) -> KVSummary:
     """The means of the pages in `page_table` under the ids that the same pages have in `kv`."""
-    shape = (kv.k.shape[0], *summary.k_mean.shape[1:])
-    k_mean = torch.zeros(shape, dtype=torch.float32, device=summary.k_mean.device)
     pages = min(page_table.shape[1], kv.page_table.shape[1])
-    k_mean[kv.page_table[:, :pages].long()] = summary.k_mean[page_table[:, :pages].long()]
-    return KVSummary(k_mean, None, summary.unit)
+
+    def moved(means: Tensor) -> Tensor:
+        there = torch.zeros((kv.k.shape[0], *means.shape[1:]), dtype=torch.float32, device=means.device)
+        there[kv.page_table[:, :pages].long()] = means[page_table[:, :pages].long()]
+        return there
+
+    gate = summary.gate
+    if gate is not None:
+        gate = GateKeys(moved(gate.pooled), gate.inv_freq, gate.rope_scale)
+    return KVSummary(moved(summary.k_mean), None, summary.unit, gate)
