@@ -305,12 +305,12 @@ def test_packed_sequences_stay_apart(spy: Spy) -> None:
     ids=["FlashPrefill", "XAttention", "SeerGate"],
 )
 @pytest.mark.parametrize("pads", [None, PADS], ids=["whole", "left-padded"])
-@pytest.mark.parametrize("span", [None, 1])
+@pytest.mark.parametrize(("span", "correction"), [(None, False), (1, False), (1, True)])
 def test_sparse_steps_are_the_pipeline_of_the_reference(
-    selector: Any, pads: tuple[int, ...] | None, span: int | None
+    selector: Any, pads: tuple[int, ...] | None, span: int | None, correction: bool
 ) -> None:
     """Each layer's result against the reference, given what transformers gave to the attention function."""
-    enable(selector=selector, heads_per_group=2, query_blocks_per_span=span)
+    enable(selector=selector, heads_per_group=2, query_blocks_per_span=span, correction=correction)
     registered = AttentionInterface()["compactattn"]
     calls = []
 
@@ -340,8 +340,9 @@ def test_sparse_steps_are_the_pipeline_of_the_reference(
             table = reference.build_table(
                 reference.unite(selection, batch, heads_per_group=2, query_blocks_per_span=span)
             )
-            exact = reference.attend(q.double(), exact_kv, batch, table, scale=scaling)
-            plain = reference.attend(q, kv, batch, table, scale=scaling)
+            means = reference.summarize(exact_kv, batch, block_size=64, values=True) if correction else None
+            exact = reference.attend(q.double(), exact_kv, batch, table, scale=scaling, correction=means)
+            plain = reference.attend(q, kv, batch, table, scale=scaling, correction=means)
             torch.testing.assert_close(out[b, n - rows :].double(), exact, rtol=1e-5, atol=1e-5)
             assert (out[b, n - rows :] - plain).abs().max() < 1e-4
             assert out[b, : n - rows].eq(0).all()
@@ -553,6 +554,7 @@ def test_settings_that_no_model_could_run_with() -> None:
         ({"heads_per_group": 0}, "heads_per_group: expected an int of at least 1, got 0"),
         ({"query_blocks_per_span": 0}, "query_blocks_per_span: expected an int of at least 1, got 0"),
         ({"dense_layers": -1}, "dense_layers: expected an int of at least 0, got -1"),
+        ({"correction": 1}, "correction: expected True or False, got 1"),
         ({"backend": "cuda"}, "backend: expected None, 'triton' or 'numba', got 'cuda'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -83,6 +83,7 @@ class _Settings:
     heads_per_group: int
     query_blocks_per_span: int | None
     dense_layers: int
+    correction: bool
     backend: str | None
 
     def of_layer(self, layer: int) -> Selector:
@@ -99,6 +100,7 @@ def enable(
     heads_per_group: int,
     query_blocks_per_span: int | None = None,
     dense_layers: int = 0,
+    correction: bool = False,
     backend: str | None = None,
 ) -> None:
     """Register the attention implementation "compactattn", or give it other settings.
@@ -111,6 +113,7 @@ def enable(
         heads_per_group: adjacent query heads of one KV group that share a block table; divides Hq / Hkv.
         query_blocks_per_span: adjacent query blocks that share a block table; None is the whole chunk.
         dense_layers: the first so many layers read every block.
+        correction: let the past blocks that a table leaves out speak through their means, see `compactattn.attend`.
         backend: None (by device), "triton" or "numba".
 
     Raises:
@@ -130,9 +133,11 @@ def enable(
     if query_blocks_per_span is not None:
         check_int("query_blocks_per_span", query_blocks_per_span, 1)
     check_int("dense_layers", dense_layers, 0)
+    if not isinstance(correction, bool):
+        raise fail("correction", "True or False", repr(correction))
     if backend is not None and backend not in BACKENDS:
         raise fail("backend", "None, 'triton' or 'numba'", repr(backend))
-    settings = _Settings(selector, heads_per_group, query_blocks_per_span, dense_layers, backend)
+    settings = _Settings(selector, heads_per_group, query_blocks_per_span, dense_layers, correction, backend)
     AttentionInterface.register(NAME, partial(_attention, settings))
     AttentionMaskInterface.register(NAME, _mask)
 
@@ -262,8 +267,11 @@ def _sparse_attention(
         selector = _dense_like(selector)
     kv = _paged(key, value, step, selector.block_size)
     summary = None
-    if layer is not None and isinstance(selector, (FlashPrefill, SeerGate)):
-        summary = _summary(layer, key, kv, step, selector, settings.backend)
+    corrected = settings.correction and not isinstance(selector, Dense)
+    if layer is not None and (corrected or isinstance(selector, (FlashPrefill, SeerGate))):
+        summary = _summary(layer, key, kv, step, selector, corrected, settings.backend)
+    elif corrected:
+        summary = summarize(kv, step.batch, block_size=selector.block_size, values=True, backend=settings.backend)
     rows = query.transpose(1, 2).flatten(0, 1)
     shape = (query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     if not any(step.q_lens):
@@ -277,6 +285,7 @@ def _sparse_attention(
         query_blocks_per_span=settings.query_blocks_per_span,
         scale=scaling,
         summary=summary,
+        correction=corrected,
         backend=settings.backend,
     )
     assert isinstance(result, Tensor)
@@ -446,20 +455,20 @@ def _follow(module: torch.nn.Module, key: Tensor, q_len: int) -> None:
 
 
 def _summary(
-    layer: Any, key: Tensor, kv: PagedKV, step: _Chunk, selector: FlashPrefill | SeerGate, backend: str | None
+    layer: Any, key: Tensor, kv: PagedKV, step: _Chunk, selector: Selector, values: bool, backend: str | None
 ) -> KVSummary:
-    """The layer's key means over its past, to be extended by this step; those that were known are not made again."""
+    """The layer's means over its past, to be extended by this step; those that were known are not made again."""
     pooled, block_size = _pooled.get(layer), selector.block_size
     gate = selector if isinstance(selector, SeerGate) else None
     layout = (tuple(kv.k.shape), kv.k.stride(), tuple(kv.page_table.shape))
     if pooled is not None:
         unseen_writes = pooled.version is None and pooled.keys() is key  # in place, and torch does not count them
         same = pooled.pads == tuple(min(pad, pooled.pooled) for pad in step.pads) and pooled.summary.unit == block_size
-        same = same and pooled.gate is gate
+        same = same and pooled.gate is gate and (pooled.summary.v_mean is not None) == values
         if unseen_writes or not same or pooled.seen != step.past:
             pooled = None
     if pooled is None:
-        summary = summarize(kv, step.batch, block_size=block_size, gate=gate, backend=backend)
+        summary = summarize(kv, step.batch, block_size=block_size, values=values, gate=gate, backend=backend)
         pooled = _Pooled(weakref.ref(key), None, step.seen, step.seen, step.pads, gate, kv.page_table, layout, summary)
         _pooled[layer] = pooled
     else:
@@ -494,4 +503,5 @@ def _moved(summary: KVSummary, page_table: Tensor, kv: PagedKV) -> KVSummary:
     gate = summary.gate
     if gate is not None:
         gate = GateKeys(moved(gate.pooled), gate.inv_freq, gate.rope_scale)
-    return KVSummary(moved(summary.k_mean), None, summary.unit, gate)
+    v_mean = None if summary.v_mean is None else moved(summary.v_mean)
+    return KVSummary(moved(summary.k_mean), v_mean, summary.unit, gate)
