@@ -16,7 +16,7 @@ from compactattn.attention import attend
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.dispatch import resolve_backend
 from compactattn.selection import select
-from compactattn.selectors import FlashPrefill, Selector, check_selector
+from compactattn.selectors import FlashPrefill, SeerGate, Selector, check_selector
 from compactattn.summary import summarize
 from compactattn.table import build_table
 from compactattn.union import span_blocks, unite
@@ -27,6 +27,7 @@ from compactattn.validation import (
     check_out,
     check_queries,
     check_summary,
+    fail,
     resolve_scale,
 )
 
@@ -41,6 +42,7 @@ def prefill(
     query_blocks_per_span: int | None = None,
     scale: float | None = None,
     summary: KVSummary | None = None,
+    correction: bool | KVSummary = False,
     return_lse: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -60,6 +62,8 @@ def prefill(
         query_blocks_per_span: adjacent query blocks that share a table; None is the whole chunk.
         scale: softmax scale, default D^-0.5.
         summary: key means kept beside the cache; brought up to date for this chunk first.
+        correction: let the past blocks that a row leaves out speak through their means, see `attend`. True needs a
+            summary with values; the summary itself means the same.
         return_lse: also return the log-sum-exp, natural log, float32 [T, Hq].
         out: where to write the result, [T, Hq, D].
         backend: None (by device), "triton" or "numba".
@@ -71,6 +75,17 @@ def prefill(
         ValueError: wrong shape, dtype, device or stride, or a backend that cannot run, before anything runs.
     """
     check_out(out, q)
+    if isinstance(correction, KVSummary):
+        if summary is not None and summary is not correction:
+            raise fail("correction", "True, or the very summary that summary is", "another summary")
+        summary, correction = correction, True
+    if not isinstance(correction, bool):
+        raise fail("correction", "True, False or a KVSummary", repr(correction))
+    if correction:
+        if summary is None:
+            raise fail("summary", "a summary with values, for correction=True", "None")
+        check_selector(selector)
+        check_summary(summary, kv, selector.block_size, values=True)
     table = select_table(
         q,
         kv,
@@ -82,7 +97,17 @@ def prefill(
         summary=summary,
         backend=backend,
     )
-    return attend(q, kv, batch, table, scale=scale, return_lse=return_lse, out=out, backend=backend)
+    return attend(
+        q,
+        kv,
+        batch,
+        table,
+        scale=scale,
+        correction=summary if correction else None,
+        return_lse=return_lse,
+        out=out,
+        backend=backend,
+    )
 
 
 def select_table(
@@ -102,6 +127,8 @@ def select_table(
     check_queries(q, kv, batch)
     check_blocks(kv, selector.block_size)
     check_heads_per_group(heads_per_group, q.shape[1], q.shape[1] // kv.num_kv_heads)
+    if isinstance(selector, SeerGate):
+        selector.check_heads(q)
     if query_blocks_per_span is not None:
         check_int("query_blocks_per_span", query_blocks_per_span, 1)
     if summary is not None:
