@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import resolve_backend
+from compactattn.dispatch import Backend, resolve_backend
 from compactattn.validation import check_out, check_queries, check_summary, check_table, fail, resolve_scale
 
 
@@ -82,11 +82,25 @@ def attend(
         check_summary(correction, kv, table.block_size, values=True, name="correction")
     check_out(out, q)
     chosen = resolve_backend(backend, q.device, q.dtype)
-    scale = resolve_scale(scale, q.shape[-1])
+    return run_attention(q, kv, batch, table, resolve_scale(scale, q.shape[-1]), correction, return_lse, out, chosen)
+
+
+def run_attention(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    scale: float,
+    correction: KVSummary | None,
+    return_lse: bool,
+    out: Tensor | None,
+    backend: Backend,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attend` after its checks."""
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    if chosen == "triton":
+    if backend == "triton":
         from compactattn._triton.attention import attend as run
         from compactattn._triton.correction import attend_corrected as run_corrected
     else:

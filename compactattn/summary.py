@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compactattn.data import GateKeys, KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import resolve_backend
+from compactattn.dispatch import Backend, resolve_backend
 from compactattn.selectors import SeerGate
 from compactattn.validation import (
     check_blocks,
@@ -79,18 +79,23 @@ def summarize(
         check_summary(summary, kv, block_size, values=values)
         if gate is not None and summary.gate is None:
             raise fail("summary", "a summary with gate keys (summarize(..., gate=selector))", "gate=None")
-    if chosen == "triton":
+    refresh(kv, batch, summary, since, chosen)
+    return summary
+
+
+def refresh(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: Tensor | int | None, backend: Backend) -> None:
+    """Bring a summary up to date in place: `summarize` after its checks."""
+    if backend == "triton":
         from compactattn._triton.summary import update_summary
     else:
         from compactattn._numba.summary import update_summary
     update_summary(kv, batch, summary, since)
     if summary.gate is not None:
-        if chosen == "triton":
+        if backend == "triton":
             from compactattn._triton.gate import update_gate
         else:
             from compactattn._numba.gate import update_gate
         update_gate(kv, batch, summary.gate, summary.unit, since)
-    return summary
 
 
 def _empty_summary(kv: PagedKV, block_size: int, values: bool, gate: SeerGate | None) -> KVSummary:
