@@ -3,6 +3,7 @@
 from compactattn.attention import attend
 from compactattn.check import check
 from compactattn.data import BlockTable, GateKeys, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
+from compactattn.grouping import groupings
 from compactattn.pipeline import prefill, select_table
 from compactattn.seer_gate import load_seer_gates
 from compactattn.selection import select
@@ -31,6 +32,7 @@ __all__ = [
     "attend",
     "build_table",
     "check",
+    "groupings",
     "load_seer_gates",
     "prefill",
     "select",
