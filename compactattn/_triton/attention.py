@@ -421,7 +421,10 @@ def attend_tuning(
     if dtype == torch.float32:  # no tensor cores: small tiles keep the products in registers
         return AttendTuning(16 if head_dim > 128 else 32, tile=32, descriptor=False, num_warps=8, num_stages=1)
     tile = 64 if head_dim <= 128 else 32
-    if capability < (9, 0) or not tma_strides or page_size < tile:  # pointers cost registers: a smaller tile
+    warpgroups = (9, 0) <= capability < (12, 0)  # products there read K and V from shared memory, not from registers
+    if not warpgroups or not tma_strides or page_size < tile:  # pointers cost registers: a smaller tile
+        if head_dim > 128 and capability not in ((8, 0), (9, 0), (10, 0), (10, 3)):  # 99 KiB of shared memory
+            return AttendTuning(64, 32, descriptor=False, num_warps=8, num_stages=2)
         return AttendTuning(query_block, 32, descriptor=False, num_warps=4 if head_dim <= 128 else 8, num_stages=3)
     num_warps = 4 if query_block == 64 or head_dim <= 128 else 8
     return AttendTuning(query_block, tile, descriptor=True, num_warps=num_warps, num_stages=2)
