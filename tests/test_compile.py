@@ -28,7 +28,7 @@ SELECT: list[Problem] = [(stage, {}) for stage in ("scores", "update", "pooled",
 #: bounds are what so many programs at once leave, and spills none where measurement does not say otherwise.
 BOUNDS = {
     "_scores_kernel": (255, 0),  # 256 threads; its tiles of shared memory allow one program
-    "_unit_means_kernel": (80, 0),  # 128 threads, 6 programs
+    "_unit_means_kernel": (96, 0),  # 128 threads, 5 programs
     "_block_means_kernel": (32, 0),  # 32 threads, as many programs as an SM takes
     "_unite_kernel": (128, 0),  # 128 threads, 4 programs
     "_compact_kernel": (64, 0),  # 128 threads, 8 programs
@@ -36,6 +36,10 @@ BOUNDS = {
     "_plan_kernel": (255, 0),  # 128 threads; a program per 128 tiles never fills the GPU
     "_queue_kernel": (128, 0),  # 256 threads; the only program
 }
+
+
+#: KiB of shared memory that a program may have; a kernel that wants more compiles, but does not launch
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 def triton_version() -> tuple[int, int]:
@@ -67,23 +71,36 @@ def compile_kernels(arch: int, problems: list[Problem], cache: Path) -> list[lis
 
 
 def attend_bound(problem: dict[str, Any]) -> tuple[int, int]:
-    """255 registers allow two programs of 128 threads or one of 256; the accumulators leave few for the rest."""
-    if problem.get("dtype") == "float32" or problem.get("dim") == 64:
+    """255 registers allow two programs of 128 threads or one of 256; spills are those measured, rounded up to 8."""
+    if problem.get("dtype") == "float32":
         return 255, 0
-    return 255, 384
+    if problem.get("page") == 16:
+        return 255, 168
+    return 255, 40 if problem.get("dim") == 64 else 480  # outside the loops mostly: locating and masking tiles
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120], ids="sm_{}".format)
+@pytest.mark.parametrize("arch", SHARED, ids="sm_{}".format)
 def test_general_kernels(arch: int, tmp_path: Path) -> None:
-    problems = [*ATTEND, *(SMALL_PAGES if arch >= 90 else []), *SELECT]
+    problems = [*ATTEND, *(SMALL_PAGES if arch >= 90 else []), *(s for s in SELECT if not scores_fail(arch, s[0]))]
     too_much = []
     for (stage, problem), kernels in zip(problems, compile_kernels(arch, problems, tmp_path), strict=True):
         assert kernels
         for kernel in kernels:
             registers, spills = BOUNDS[kernel["kernel"]] if stage != "attend" else attend_bound(problem)
-            if kernel["registers"] > registers or kernel["spill_stores"] > spills:
+            allowed = {"registers": registers, "spill_stores": spills, "shared": SHARED[arch] * 1024}
+            if any(kernel[what] > most for what, most in allowed.items()):
                 too_much.append((stage, problem, kernel))
     assert too_much == []
+
+
+def scores_fail(arch: int, stage: str) -> bool:
+    return arch == 100 and stage == "scores" and triton_version() == (3, 6)
+
+
+@pytest.mark.skipif(triton_version() != (3, 6), reason="a fault of Triton 3.6, not of this version")
+@pytest.mark.xfail(strict=True, reason="Triton 3.6 cannot lay out the scores on sm_100: parent layout of rank 1")
+def test_scores_on_blackwell(tmp_path: Path) -> None:
+    compile_kernels(100, [("scores", {})], tmp_path)
 
 
 #: problem; bytes of spill stores with Triton 3.6 and with newer ones, measured, rounded up to 16; accesses to local
