@@ -36,6 +36,13 @@ NOWHERE: gl.constexpr = gl.constexpr(1 << 30)  # the position of a block that a 
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
+# Names that Gluon changed, the newer first; the only place that knows of Triton versions. `barrier` came in 3.7,
+# `async_load` and `reinterpret` after it. A name that has neither form fails here, at import.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_smem = gl.shared_memory_descriptor
+_reinterpret = _smem.reinterpret if hasattr(_smem, "reinterpret") else _smem._reinterpret
+
 
 @gluon.jit
 def _table_stage(s, stages, edge):
@@ -76,10 +83,10 @@ def _columns_layout():
 def _copy_stage(desc, found, kv_head, ready, stage, UNIT: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Start the copies of one stage of K or V, in units of UNIT tokens by 64 columns."""
     mbarrier.expect(ready, STAGE * HEAD_DIM * 2)
-    columns = stage._reinterpret(stage.dtype, [HEAD_DIM // COLUMNS, STAGE, COLUMNS], _columns_layout())
+    columns = _reinterpret(stage, stage.dtype, [HEAD_DIM // COLUMNS, STAGE, COLUMNS], _columns_layout())
     for u in gl.static_range(STAGE // UNIT):
         for c in gl.static_range(HEAD_DIM // COLUMNS):
-            tma.async_copy_global_to_shared(
+            _async_load(
                 desc,
                 [found[2 * u], found[2 * u + 1], kv_head, c * COLUMNS],
                 ready,
@@ -94,13 +101,11 @@ def _copy_queries(q_desc, q_smem, q_slot, ready, token, head, packed, HEADS: gl.
     mbarrier.expect(ready, ROWS * HEAD_DIM * 2)
     for u in gl.static_range(ROWS // QUERIES):
         half = q_smem.index(q_slot * 2 + u * QUERIES // 64)
-        columns = half._reinterpret(half.dtype, [HEAD_DIM // COLUMNS, 64, COLUMNS], _columns_layout())
+        columns = _reinterpret(half, half.dtype, [HEAD_DIM // COLUMNS, 64, COLUMNS], _columns_layout())
         first = token + gl.where(packed != 0, 0, u * QUERIES)
         own = gl.minimum(head + gl.where(packed != 0, u, 0), HEADS - 1)
         for c in gl.static_range(HEAD_DIM // COLUMNS):
-            tma.async_copy_global_to_shared(
-                q_desc, [first, own, c * COLUMNS], ready, columns.index(c).slice(u * QUERIES % 64, QUERIES)
-            )
+            _async_load(q_desc, [first, own, c * COLUMNS], ready, columns.index(c).slice(u * QUERIES % 64, QUERIES))
 
 
 @gluon.jit
@@ -250,7 +255,7 @@ def _clear_values(stage, valid, HEAD_DIM: gl.constexpr):
     """Zero the rows of a value stage that no query may see: they can hold anything, and 0 * NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     PIECES: gl.constexpr = STAGE // 16
-    pieces = stage._reinterpret(stage.dtype, [HEAD_DIM // COLUMNS * PIECES, 16, COLUMNS], _columns_layout())
+    pieces = _reinterpret(stage, stage.dtype, [HEAD_DIM // COLUMNS * PIECES, 16, COLUMNS], _columns_layout())
     token = gl.arange(0, 16, gl.SliceLayout(1, layout))
     for piece in range(HEAD_DIM // COLUMNS * PIECES):
         first = piece % PIECES * 16
@@ -308,7 +313,7 @@ def _finish(
         gl.store(partial + scratch.to(gl.int64) * (ROWS * HEAD_DIM) + offset, o)
         gl.store(stats + scratch * (2 * ROWS) + lane, peak)
         gl.store(stats + scratch * (2 * ROWS) + ROWS + lane, total)
-        gl.thread_barrier()
+        _barrier()
         complete = gl.atomic_add(arrivals + 2 * first_scratch + half, 1, sem="acq_rel", scope="gpu") == parts - 1
         if complete:
             o = gl.zeros_like(o)
