@@ -3,7 +3,6 @@
 from compactattn.attention import attend
 from compactattn.check import check
 from compactattn.data import BlockTable, GateKeys, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
-from compactattn.grouping import groupings
 from compactattn.pipeline import prefill, select_table
 from compactattn.seer_gate import load_seer_gates
 from compactattn.selection import select
@@ -32,7 +31,6 @@ __all__ = [
     "attend",
     "build_table",
     "check",
-    "groupings",
     "load_seer_gates",
     "prefill",
     "select",

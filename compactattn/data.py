@@ -311,23 +311,17 @@ class SelectionMask:
         block_size, query_block: tokens per KV block and queries per query block.
         dense_last_blocks: the selector's setting of that name; `unite` gives the query blocks at the end of the
             prompt a table row of their own when it is positive and the batch has `prompt_lens`.
-        kv_heads: Hkv, where groups are to choose themselves (`heads_per_group="auto"`); `select` sets it.
     """
 
     mask: Tensor
     block_size: int
     query_block: int
     dense_last_blocks: int = 0
-    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         check_tensor("mask", self.mask, ndim=4, dtype=torch.bool)
         _check_block_sizes(self.block_size, self.query_block)
         check_int("dense_last_blocks", self.dense_last_blocks, 0)
-        if self.kv_heads is not None:
-            check_int("kv_heads", self.kv_heads, 1)
-            if self.mask.shape[1] % self.kv_heads:
-                raise fail("kv_heads", f"a divisor of the mask's {self.mask.shape[1]} query heads", self.kv_heads)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ from compactattn.selectors import FlashPrefill, Selector
 from compactattn.summary import summarize
 from compactattn.table import build_table
 from compactattn.union import unite
-from compactattn.validation import check_group_sizes, check_int
+from compactattn.validation import check_heads_per_group, check_int
 
 _SLOW_S = 0.5
 
@@ -189,7 +189,7 @@ def measure(
     device = best_device() if device is None else device
     first = capture.layers[0]
     heads, kv_heads, head_dim = first.q.shape[1], first.k.shape[1], first.q.shape[2]
-    check_group_sizes(settings.heads_per_group, None, heads, heads // kv_heads)
+    check_heads_per_group(settings.heads_per_group, heads, heads // kv_heads)
     started = time.perf_counter()
     prompt = PagedPrompt.from_layer(first, device, page_size=settings.page_size)
     two_chunks = min(capture.tokens, 2 * settings.chunk)

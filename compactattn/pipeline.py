@@ -15,15 +15,15 @@ from torch import Tensor
 from compactattn.attention import run_attention
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.dispatch import Backend, resolve_backend
-from compactattn.grouping import Auto, candidate_groupings
 from compactattn.selection import select
 from compactattn.selectors import FlashPrefill, SeerGate, Selector, check_selector
 from compactattn.summary import refresh
 from compactattn.table import build_table
-from compactattn.union import unite
+from compactattn.union import span_blocks, unite
 from compactattn.validation import (
     check_blocks,
-    check_group_sizes,
+    check_heads_per_group,
+    check_int,
     check_out,
     check_queries,
     check_summary,
@@ -38,8 +38,8 @@ def prefill(
     batch: PrefillBatch,
     *,
     selector: Selector,
-    heads_per_group: int | Auto,
-    query_blocks_per_span: int | Auto | None = None,
+    heads_per_group: int,
+    query_blocks_per_span: int | None = None,
     scale: float | None = None,
     summary: KVSummary | None = None,
     correction: bool | KVSummary = False,
@@ -58,10 +58,8 @@ def prefill(
         kv: the paged cache, this step's keys and values included.
         batch: the lengths of the step.
         selector: what proposes the blocks.
-        heads_per_group: adjacent query heads of one KV group that share a table; divides Hq / Hkv. "auto" chooses, per
-            request and KV head, between one head and the whole KV group.
-        query_blocks_per_span: adjacent query blocks that share a table; None is the whole chunk. "auto" chooses
-            between one block and the whole chunk. `compactattn.groupings` tells what was chosen.
+        heads_per_group: adjacent query heads of one KV group that share a table; divides Hq / Hkv.
+        query_blocks_per_span: adjacent query blocks that share a table; None is the whole chunk.
         scale: softmax scale, default D^-0.5.
         summary: key means kept beside the cache; brought up to date for this chunk first.
         correction: let the past blocks that a row leaves out speak through their means, see `attend`. True needs a
@@ -99,8 +97,8 @@ def select_table(
     batch: PrefillBatch,
     *,
     selector: Selector,
-    heads_per_group: int | Auto,
-    query_blocks_per_span: int | Auto | None = None,
+    heads_per_group: int,
+    query_blocks_per_span: int | None = None,
     scale: float | None = None,
     summary: KVSummary | None = None,
     backend: str | None = None,
@@ -115,8 +113,8 @@ def _check_step(
     kv: PagedKV,
     batch: PrefillBatch,
     selector: Selector,
-    heads_per_group: int | Auto,
-    query_blocks_per_span: int | Auto | None,
+    heads_per_group: int,
+    query_blocks_per_span: int | None,
     scale: float | None,
     summary: KVSummary | None,
     backend: str | None,
@@ -125,9 +123,11 @@ def _check_step(
     check_selector(selector)
     check_queries(q, kv, batch)
     check_blocks(kv, selector.block_size)
-    check_group_sizes(heads_per_group, query_blocks_per_span, q.shape[1], q.shape[1] // kv.num_kv_heads)
+    check_heads_per_group(heads_per_group, q.shape[1], q.shape[1] // kv.num_kv_heads)
     if isinstance(selector, SeerGate):
         selector.check_heads(q)
+    if query_blocks_per_span is not None:
+        check_int("query_blocks_per_span", query_blocks_per_span, 1)
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
     return resolve_backend(backend, q.device, q.dtype), resolve_scale(scale, q.shape[-1])
@@ -138,8 +138,8 @@ def _table(
     kv: PagedKV,
     batch: PrefillBatch,
     selector: Selector,
-    heads_per_group: int | Auto,
-    query_blocks_per_span: int | Auto | None,
+    heads_per_group: int,
+    query_blocks_per_span: int | None,
     scale: float,
     summary: KVSummary | None,
     backend: Backend,
@@ -147,10 +147,7 @@ def _table(
     """The table of a checked step; the summary is brought up to date first."""
     if summary is not None:
         refresh(kv, batch, summary, None, backend)
-    candidates = candidate_groupings(
-        heads_per_group, query_blocks_per_span, q.shape[1] // kv.num_kv_heads, batch.query_blocks(selector.query_block)
-    )
-    if not isinstance(selector, FlashPrefill) or len(candidates) > 1:
+    if not isinstance(selector, FlashPrefill):
         selection = select(q, kv, batch, selector, scale=scale, summary=summary, backend=backend)
         groups = unite(
             selection,
@@ -166,5 +163,6 @@ def _table(
     else:
         from compactattn._numba.scores import flash_prefill_scores
         from compactattn._numba.table import table_from_scores
+    span = span_blocks(batch.query_blocks(selector.query_block), query_blocks_per_span)
     scores = flash_prefill_scores(q, kv, batch, selector, scale=scale, summary=summary)
-    return table_from_scores(scores, batch, selector, *candidates[0])
+    return table_from_scores(scores, batch, selector, heads_per_group, span)

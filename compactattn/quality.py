@@ -16,7 +16,7 @@ from compactattn.attention import attend
 from compactattn.baselines import QuokaSelection, causal_attention, exact_lse, quoka_attention, quoka_select
 from compactattn.data import BlockTable, PagedKV, PrefillBatch, SelectionMask
 from compactattn.union import unite
-from compactattn.validation import check_group_sizes, check_int, check_shape, check_tensor, fail
+from compactattn.validation import check_heads_per_group, check_int, check_shape, check_tensor, fail
 
 __all__ = [
     "CoverageSummary",
@@ -94,7 +94,7 @@ def density_cascade(
     check_int("kv_heads", kv_heads, 1)
     if heads % kv_heads:
         raise fail("kv_heads", f"a divisor of the {heads} query heads", kv_heads)
-    check_group_sizes(heads_per_group, None, heads, heads // kv_heads)
+    check_heads_per_group(heads_per_group, heads, heads // kv_heads)
     device = selection.mask.device
     past = torch.arange(selection.mask.shape[3], device=device) < (batch.past_lens // selection.block_size)[:, None]
     starts = torch.arange(selection.mask.shape[2], device=device) * selection.query_block

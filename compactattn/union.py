@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from compactattn.data import GroupMask, PrefillBatch, SelectionMask
 from compactattn.dispatch import resolve_backend
-from compactattn.grouping import Auto, candidate_groupings, unite_auto
 from compactattn.validation import check_grouping
 
 
@@ -12,8 +11,8 @@ def unite(
     selection: SelectionMask,
     batch: PrefillBatch,
     *,
-    heads_per_group: int | Auto,
-    query_blocks_per_span: int | Auto | None = None,
+    heads_per_group: int,
+    query_blocks_per_span: int | None = None,
     backend: str | None = None,
 ) -> GroupMask:
     """Unite a selection over execution groups and add the current region.
@@ -24,17 +23,14 @@ def unite(
     Args:
         selection: bool [B, Hq, Qb, Kb].
         batch: the step that the selection was made for.
-        heads_per_group: adjacent query heads of one KV group that share a row; divides Hq. "auto" chooses between one
-            head and the whole KV group, per request and KV head (see `compactattn.grouping`).
-        query_blocks_per_span: adjacent query blocks that share a row; None is the whole chunk. "auto" chooses between
-            one block and the whole chunk.
+        heads_per_group: adjacent query heads of one KV group that share a row; divides Hq.
+        query_blocks_per_span: adjacent query blocks that share a row; None is the whole chunk.
         backend: None (by device), "triton" or "numba".
 
     Returns:
         GroupMask with R = B * (Hq / heads_per_group) * ceil(Qb / span) rows, plus one row per request for the query
         blocks at the end of the prompt if the selector has `dense_last_blocks` and the batch `prompt_lens`. The row
-        of (b, h, i) is (b * Hq/heads_per_group + h // heads_per_group) * ceil(Qb / span) + i // span. With "auto" the
-        rows of all candidate groupings follow each other, and only those of the chosen ones are used and filled.
+        of (b, h, i) is (b * Hq/heads_per_group + h // heads_per_group) * ceil(Qb / span) + i // span.
 
     Raises:
         ValueError: a mask that does not fit the batch, or a group size that does not divide the heads.
@@ -45,9 +41,10 @@ def unite(
         from compactattn._triton.union import unite as run
     else:
         from compactattn._numba.union import unite as run
-    query_blocks = batch.query_blocks(selection.query_block)
-    per_kv_head = selection.mask.shape[1] // (selection.kv_heads or 1)
-    candidates = candidate_groupings(heads_per_group, query_blocks_per_span, per_kv_head, query_blocks)
-    if len(candidates) == 1 or query_blocks == 0:
-        return run(selection, batch, *candidates[0])
-    return unite_auto(selection, batch, candidates, run)
+    span = span_blocks(batch.query_blocks(selection.query_block), query_blocks_per_span)
+    return run(selection, batch, heads_per_group, span)
+
+
+def span_blocks(query_blocks: int, query_blocks_per_span: int | None) -> int:
+    """Query blocks that share a row: the whole chunk unless given, at least 1."""
+    return max(1, query_blocks if query_blocks_per_span is None else min(query_blocks_per_span, query_blocks))

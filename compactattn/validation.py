@@ -136,29 +136,21 @@ def check_summary(
 
 
 def check_grouping(
-    mask: SelectionMask, batch: PrefillBatch, heads_per_group: object, query_blocks_per_span: object
+    mask: SelectionMask, batch: PrefillBatch, heads_per_group: int, query_blocks_per_span: int | None
 ) -> None:
     check_same_device("selection.mask", mask.mask, batch.cu_seqlens_q.device)
     heads = mask.mask.shape[1]
     extents = (batch.size, heads, batch.query_blocks(mask.query_block), batch.kv_blocks(mask.block_size))
     check_shape("selection.mask", mask.mask, extents, "B, Hq, Qb, Kb of the batch")
-    check_group_sizes(heads_per_group, query_blocks_per_span, heads)
-    if "auto" in (heads_per_group, query_blocks_per_span) and mask.kv_heads is None:
-        raise fail("selection.kv_heads", "Hkv, for groups that choose themselves", "None")
+    check_heads_per_group(heads_per_group, heads)
+    if query_blocks_per_span is not None:
+        check_int("query_blocks_per_span", query_blocks_per_span, 1)
 
 
-def check_group_sizes(
-    heads_per_group: object, query_blocks_per_span: object, heads: int, per_kv_head: int | None = None
-) -> None:
-    """`heads_per_group` adjacent heads share a row; where G is known they must lie in one KV group. Or "auto"."""
-    for name, size in (("heads_per_group", heads_per_group), ("query_blocks_per_span", query_blocks_per_span)):
-        if isinstance(size, str):
-            if size != "auto":
-                raise fail(name, "an int of at least 1 or 'auto'", repr(size))
-        elif name == "heads_per_group" or size is not None:
-            check_int(name, size, 1)
-    if not isinstance(heads_per_group, int):
-        return
+def check_heads_per_group(heads_per_group: object, heads: int, per_kv_head: int | None = None) -> None:
+    """`heads_per_group` adjacent heads share a row; where G is known they must lie in one KV group."""
+    check_int("heads_per_group", heads_per_group, 1)
+    assert isinstance(heads_per_group, int)
     if heads % heads_per_group:
         raise fail("heads_per_group", f"a divisor of the {heads} query heads", heads_per_group)
     if per_kv_head is not None and per_kv_head % heads_per_group:
