@@ -61,12 +61,13 @@ def select(
 class BlockScores(NamedTuple):
     """FlashPrefill's scores of one step.
 
-    log_s: float32 [B, Hq, Qb, Kb], natural log, -inf where no row of the query block scores the block.
-    tile_max: float32 [B, Hq, Qb, tiles], the largest score of each tile of adjacent blocks, where a backend keeps it.
+    log_s: float32 [B, Hq, Qb, Kb], natural log, -inf where no row of the query block scores the block; its rows may
+        lie apart.
+    part_max: float32 [B, Hq, Qb, parts], the largest score of each part of a row, where a backend keeps it.
     """
 
     log_s: Tensor
-    tile_max: Tensor | None = None
+    part_max: Tensor | None = None
 
 
 class BlockRules(NamedTuple):
