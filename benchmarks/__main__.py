@@ -1,4 +1,5 @@
-"""`python -m benchmarks latency` measures; `python -m benchmarks report RESULT.json` turns a result into words."""
+"""`python -m benchmarks latency` measures; `python -m benchmarks report RESULT.json` turns a result into words;
+`python -m benchmarks sources` prints the hash that ties a result to the sources it came from."""
 
 from __future__ import annotations
 
@@ -15,10 +16,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; errors of use are one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    latency = commands.add_parser("latency", help="time one chunk, dense and sparse, stage by stage and whole")
+    latency = commands.add_parser("latency", help="time chunks, prompts, tables, layouts, scaling and the host's part")
     latency.add_argument("--preset", default="cpu", help="h200, smoke (a GPU in a minute) or cpu (default)")
     latency.add_argument("--out", type=Path, default=RESULTS, help="directory for latency-PRESET.json")
     latency.add_argument("--cases", help="comma-separated parts of case names, or shell patterns")
+    latency.add_argument("--only", help="comma-separated kinds: step, tables, prompt, scaling, layouts, host")
+    latency.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
+    latency.add_argument("--commit", help="what to record as the commit on a machine without git")
     latency.add_argument("--budget-seconds", type=float, help="start no new case after so long")
     latency.add_argument("--timing-seconds", type=float, help="time to spend on the timed loop of one case")
     latency.add_argument("--device", choices=("cuda", "cpu"), help="instead of the preset's device")
@@ -32,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("result", type=Path, help="a JSON file that `latency` wrote")
     report.add_argument("--out", type=Path, help="directory for the .md and .png (default: beside the result)")
     report.set_defaults(run=_report)
+    sources = commands.add_parser("sources", help="the hash of this checkout's sources, as results record it")
+    sources.set_defaults(run=_sources)
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
@@ -45,7 +51,7 @@ def _latency(parsed: argparse.Namespace) -> int:
     from benchmarks.cases import matching, preset
 
     if parsed.list:
-        print("\n".join(case.name for case in matching(preset(parsed.preset).cases, parsed.cases)))
+        print("\n".join(case.name for case in matching(preset(parsed.preset).cases, parsed.cases, parsed.only)))
         return 0
     if parsed.tracebacks:
         logging.basicConfig()
@@ -55,6 +61,9 @@ def _latency(parsed: argparse.Namespace) -> int:
             preset=parsed.preset,
             out=parsed.out,
             cases=parsed.cases,
+            only=parsed.only,
+            resume=parsed.resume,
+            commit=parsed.commit,
             budget_seconds=parsed.budget_seconds,
             timing_seconds=parsed.timing_seconds,
             device=parsed.device,
@@ -70,6 +79,13 @@ def _report(parsed: argparse.Namespace) -> int:
 
     for path in write_report(parsed.result, parsed.out):
         print(path)
+    return 0
+
+
+def _sources(parsed: argparse.Namespace) -> int:
+    from benchmarks.machine import sources
+
+    print(sources())
     return 0
 
 

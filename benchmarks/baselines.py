@@ -39,7 +39,7 @@ def dense_cpu(step: Step) -> Callable[[], Tensor]:
     """PyTorch's fused CPU attention (what scaled_dot_product_attention runs), split and merged in the same way."""
     if step.q.device.type != "cpu":
         raise CannotRunError("the CPU baseline needs CPU tensors")
-    return _split(step, _fused_cpu)
+    return _split(step, fused_cpu)
 
 
 def dense_flash(step: Step) -> Callable[[], Tensor]:
@@ -60,8 +60,17 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
     return out, lse.reshape(q.shape[:3])
 
 
-def _fused_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)[:2]
+def fused_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused CPU attention and its log-sum-exp: q [B, Hq, n, D], k and v [B, Hkv, L, D].
+
+    The query heads of a KV head are handed over as heads that share expanded, never copied, keys and values.
+    """
+    batch, heads = q.shape[:2]
+    group = heads // k.shape[1]
+    shared = (x.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
+    grouped = q.unflatten(1, (-1, group)).flatten(0, 1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(grouped, *shared, 0.0, causal)[:2]
+    return out.unflatten(0, (batch, -1)).flatten(1, 2), lse.reshape(batch, heads, -1)
 
 
 def _by_head(step: Step, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:

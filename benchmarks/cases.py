@@ -8,9 +8,11 @@ V token once per KV head that somebody reads it for.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -39,17 +41,49 @@ class Shape:
 
 @dataclass(frozen=True)
 class Grouping:
-    """What shares a table row: `heads` adjacent heads × `span` adjacent query blocks (None: the whole chunk)."""
+    """What shares a table row: `heads` adjacent heads × `span` adjacent query blocks (None: the whole chunk).
 
-    heads: int
-    span: int | None
+    Both may be "auto": the library then chooses on the device, and only its own functions can say what it chose.
+    """
+
+    heads: int | str
+    span: int | str | None
 
     def __str__(self) -> str:
+        if self.chosen_by_library:
+            return "auto"
         return f"{self.heads}x{'chunk' if self.span is None else self.span}"
+
+    @property
+    def chosen_by_library(self) -> bool:
+        return isinstance(self.heads, str)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As `unite`, `select_table` and `prefill` take them."""
+        return {"heads_per_group": self.heads, "query_blocks_per_span": self.span}
+
+    def fitting(self, group: int) -> Grouping:
+        """The same with heads that divide G."""
+        return self if isinstance(self.heads, str) else Grouping(math.gcd(self.heads, group), self.span)
 
 
 FINEST = Grouping(1, 1)
 PAPER = Grouping(4, None)
+AUTO = Grouping("auto", "auto")
+#: What every case compares; AUTO joins here once the library offers it.
+GROUPINGS = (FINEST, PAPER)
+
+
+#: The questions. What each kind of case measures:
+KINDS = {
+    "step": "one chunk: dense and sparse peers, every stage, and the whole",
+    "tables": "attend alone on controlled tables, against dense and the card's ceilings",
+    "prompt": "the chunks of a whole prompt, dense and prefill, per chunk and in sum",
+    "scaling": "selection and attention at a fixed number of kept blocks, as the context grows",
+    "layouts": "page sizes, unaligned lengths, requests of very different length",
+    "host": "host time of a call in steady state and at new lengths, and what it allocates",
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +91,7 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        kind: "step" (a whole chunk: dense and sparse peers, every stage), "tables" (attend alone on controlled
-            tables), "layouts" (page sizes and ragged lengths), or "prompt" (chunks of a whole prompt).
+        kind: one of `KINDS`.
         shape: requests and heads.
         context: keys of each request including the chunk's; for a prompt, its whole length.
         chunk: queries of each request.
@@ -69,6 +102,8 @@ class Case:
         peers: time FlashAttention-2, FlexAttention and QUOKA too, not only cuDNN.
         dtype: "bfloat16", or "float32" on the CPU.
         stride: for a prompt, every stride-th chunk is measured and stands for its neighbours.
+        since: for a prompt, the chunks that end at or before this position belong to another case: chunk n of every
+            longer prompt is the same measurement, so prompts of 32K, 64K, ... share their chunks.
     """
 
     kind: str
@@ -78,16 +113,17 @@ class Case:
     workload: str = "vertical-slash"
     correlation: float = 0.9
     page_size: int = 128
-    groupings: tuple[Grouping, ...] = (FINEST, PAPER)
+    groupings: tuple[Grouping, ...] = GROUPINGS
     peers: bool = True
     dtype: str = "bfloat16"
-    stride: int = 8
+    stride: int = 1
+    since: int = 0
 
     @property
     def name(self) -> str:
         """Unique within a preset, and readable: "step-128K-q1024-B1-Hq32-Hkv8-vertical-slash-c1"."""
         parts = [self.kind, _tokens(self.context), f"q{self.chunk}", str(self.shape)]
-        if self.kind in ("step", "prompt"):
+        if self.kind in ("step", "prompt", "host", "scaling"):
             parts += [self.workload, f"c{self.correlation:g}"]
         if self.page_size != 128:
             parts.append(f"page{self.page_size}")
@@ -103,7 +139,8 @@ TP2_RANK = Shape(8, 16, 4)
 SMALL = Shape(1, 4, 1)
 CONTEXTS = (8 * K, 16 * K, 32 * K, 64 * K, 128 * K, 256 * K)
 CHUNKS = (512, 1024, 2048, 4096)
-CORRELATIONS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)
+PROMPTS = (32 * K, 64 * K, 128 * K, 256 * K)
+CORRELATIONS = (1.0, 0.9, 0.75, 0.5, 0.4, 0.25, 0.0)
 
 
 @dataclass(frozen=True)
@@ -126,12 +163,20 @@ class Preset:
     notes: tuple[str, ...] = field(default=())
 
 
+def prompt_cases(case: Case, ends: Sequence[int], strides: dict[int, int]) -> list[Case]:
+    """Prompts that end at each of `ends`, every chunk measured once; `strides`: where fewer are, by end."""
+    pairs = zip((0, *ends), ends, strict=False)
+    return [replace(case, kind="prompt", context=end, since=since, stride=strides.get(end, 1)) for since, end in pairs]
+
+
 def _h200_cases() -> tuple[Case, ...]:
     both = (ONE, TP2_RANK)
     goal = [Case("step", shape, 128 * K, 1024) for shape in both]
     tables = [Case("tables", shape, 128 * K, 1024, workload="noise") for shape in both]
-    prompts = [Case("prompt", shape, 128 * K, 1024) for shape in both]
-    layouts = [Case("layouts", shape, 128 * K, 1024, workload="noise") for shape in both]
+    layouts = [Case("layouts", shape, 128 * K, 1024) for shape in both]
+    prompts = [prompt_cases(case, PROMPTS, {256 * K: 4}) for case in goal]
+    hosts = [Case("host", shape, context, 1024) for shape, context in itertools.product(both, (128 * K, 8 * K))]
+    scaling = [Case("scaling", ONE, 8 * K << n, 1024) for n in range(8)]
     grid = [Case("step", shape, context, 1024) for context in reversed(CONTEXTS) for shape in both]
     chunks = [Case("step", shape, 128 * K, chunk) for chunk in CHUNKS for shape in both]
     spread = [
@@ -144,8 +189,8 @@ def _h200_cases() -> tuple[Case, ...]:
         Case("step", shape, context, chunk)
         for context, chunk, shape in itertools.product(reversed(CONTEXTS), CHUNKS, both)
     ]
-    ordered = [*goal, *tables, *spread, *grid, *chunks, *prompts, *layouts, *scattered, *rest]
-    return tuple(dict.fromkeys(ordered))
+    ordered = [*goal, *tables, *itertools.chain(*prompts), *scaling, *hosts, *layouts]
+    return tuple(dict.fromkeys([*ordered, *spread, *grid, *chunks, *scattered, *rest]))
 
 
 def _cpu_cases() -> tuple[Case, ...]:
@@ -154,13 +199,15 @@ def _cpu_cases() -> tuple[Case, ...]:
     return (
         small,
         tables,
+        *prompt_cases(small, (4 * K, 8 * K), {4 * K: 4, 8 * K: 4}),
+        *(replace(small, kind="scaling", context=context * K) for context in (4, 8, 16)),
+        replace(small, kind="host"),
+        replace(small, kind="layouts", shape=replace(SMALL, batch=2), context=4 * K),
         replace(small, context=16 * K),
         replace(small, context=4 * K),
         replace(small, chunk=512),
         *(replace(small, correlation=correlation, peers=False) for correlation in (1.0, 0.5, 0.0)),
         replace(small, page_size=16, peers=False),
-        replace(small, kind="prompt", stride=8),
-        replace(tables, kind="layouts", context=4 * K),
         replace(small, workload="scattered", peers=False),
     )
 
@@ -173,7 +220,7 @@ def preset(name: str) -> Preset:
     """
     if name == "h200":
         notes = ("bfloat16, D = 128; pages in permuted order; K/V of 128K tokens and more do not fit in L2.",)
-        return Preset("cuda", _h200_cases(), 1.0, 340.0, 256 * K, notes)
+        return Preset("cuda", _h200_cases(), 1.0, 540.0, 256 * K, notes)
     if name == "smoke":
         step = Case("step", ONE, 16 * K, 1024)
         return Preset("cuda", (step, replace(step, kind="tables", workload="noise")), 0.3, 120.0, 16 * K)
@@ -182,12 +229,25 @@ def preset(name: str) -> Preset:
     raise ValueError(f"preset: expected h200, smoke or cpu, got {name!r}")
 
 
-def matching(cases: Sequence[Case], pattern: str | None) -> tuple[Case, ...]:
-    """The cases whose name contains, or matches as a shell pattern, one of the comma-separated `pattern`s."""
-    if pattern is None:
-        return tuple(cases)
-    wanted = [part.strip() for part in pattern.split(",") if part.strip()]
-    return tuple(case for case in cases if any(part in case.name or fnmatchcase(case.name, part) for part in wanted))
+def matching(cases: Sequence[Case], pattern: str | None, only: str | None = None) -> tuple[Case, ...]:
+    """The cases of the kinds `only` whose name contains, or matches as a shell pattern, one of the `pattern`s.
+
+    Both are comma-separated; None leaves the choice open.
+
+    Raises:
+        ValueError: a kind that does not exist.
+    """
+    kinds = _parts(only) if only is not None else list(KINDS)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"--only: expected some of {', '.join(KINDS)}, got {kind!r}")
+    wanted = _parts(pattern) if pattern is not None else ["*"]
+    named = [case for case in cases if any(part in case.name or fnmatchcase(case.name, part) for part in wanted)]
+    return tuple(case for case in named if case.kind in kinds)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def dense_flops(q_lens: Sequence[int], past_lens: Sequence[int], shape: Shape) -> float:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, cases, gate
+from benchmarks import baselines, cases, flashinfer_peer, gate
 from benchmarks.cases import FINEST, Case, Grouping
+from benchmarks.machine import attend_kernel
 from benchmarks.tables import LENGTHS, controlled_table
 from benchmarks.timing import poison_free_memory
 from benchmarks.workloads import SELECTOR, Density, Step, measure_density
@@ -42,7 +43,7 @@ class Contestant:
 
     Attributes:
         name: unique within the case.
-        family: "dense", "peer", "stage" or "library".
+        family: "ceiling", "dense", "peer", "stage" or "library".
         run: the call.
         check: the gate over what `run` returned.
         flops, bytes: useful FLOPs and the fewest bytes; 0 where the count says nothing (a stage without attention).
@@ -50,6 +51,7 @@ class Contestant:
         spoil: overwrites what `run` must write, before a run that the gate checks.
         capturable: worth a CUDA graph; False where the call reads device values on the host.
         host: report the host time of the call too.
+        kernel: the library's attention kernel that runs in it, and why not another.
         note: which form of a baseline this is, for a reader of the results.
     """
 
@@ -63,6 +65,7 @@ class Contestant:
     spoil: Callable[[], object] = lambda: None
     capturable: bool = True
     host: bool = False
+    kernel: str = ""
     note: str = ""
 
 
@@ -84,9 +87,9 @@ class Field:
             self.absent[name] = baselines.reason(error)
 
 
-def groupings_of(case: Case) -> list[Grouping]:
-    """The case's groupings, with heads that divide G."""
-    fitting = [Grouping(math.gcd(grouping.heads, case.shape.group), grouping.span) for grouping in case.groupings]
+def groupings_of(case: Case, *, fixed: bool = False) -> list[Grouping]:
+    """The case's groupings, with heads that divide G; `fixed`: without what the library itself would choose."""
+    fitting = [one.fitting(case.shape.group) for one in case.groupings if not (fixed and one.chosen_by_library)]
     return list(dict.fromkeys(fitting))
 
 
@@ -96,26 +99,29 @@ def step_field(case: Case, step: Step, *, stages: bool = True) -> Field:
     rows = gate.sample_rows(step.batch)
     summary = summarize(step.kv, step.batch, block_size=SELECTOR.block_size)
     selection = select(step.q, step.kv, step.batch, SELECTOR, summary=summary)
-    tables = {grouping: _composed(step, selection, grouping) for grouping in groupings_of(case)}
-    finest = tables.get(FINEST) or _composed(step, selection, FINEST)
-    _add_dense(lineup, case, step, rows)
+    tables = {grouping: table_of(step, summary, selection, grouping) for grouping in groupings_of(case)}
+    finest = tables.get(FINEST) or table_of(step, summary, selection, FINEST)
+    add_dense(lineup, case, step, rows)
     if case.peers and stages:
         _add_peers(lineup, step, rows, finest)
     if stages:
         lineup.contestants.extend(selection_stages(step, summary, selection))
     for grouping, table in tables.items():
         lineup.contestants.extend(library(step, summary, selection, grouping, table, rows, stages=stages))
-        density = measure_density(step, grouping, selection)
+        density = measure_density(step, grouping, selection, table)
         lineup.density[str(grouping)], lineup.measured[str(grouping)] = density.as_json(), density
     return lineup
 
 
-def _composed(step: Step, selection: SelectionMask, grouping: Grouping) -> BlockTable:
-    groups = unite(selection, step.batch, heads_per_group=grouping.heads, query_blocks_per_span=grouping.span)
-    return build_table(groups)
+def table_of(step: Step, summary: KVSummary, selection: SelectionMask, grouping: Grouping) -> BlockTable:
+    """The table of a grouping, stage by stage; where the library chooses the groups, as it makes them."""
+    if grouping.chosen_by_library:
+        how = {"selector": SELECTOR, "summary": summary, **grouping.arguments}
+        return select_table(step.q, step.kv, step.batch, **how)
+    return build_table(unite(selection, step.batch, **grouping.arguments))
 
 
-def _add_dense(lineup: Field, case: Case, step: Step, rows: Tensor) -> None:
+def add_dense(lineup: Field, case: Case, step: Step, rows: Tensor) -> None:
     """cuDNN (the CPU's fused attention there), and FlashAttention-2 where peers are asked for."""
     exact = gate.reference_rows(step.q, step.kv, step.batch, rows)
     lens = [step.chunk] * step.shape.batch, [step.past] * step.shape.batch
@@ -142,7 +148,7 @@ def _token_major(cache: Tensor) -> Tensor:
 
 
 def _add_peers(lineup: Field, step: Step, rows: Tensor, finest: BlockTable) -> None:
-    """FlexAttention over the finest table, and QUOKA with its own tokens."""
+    """FlexAttention over the finest table, QUOKA with its own tokens, and FlashInfer on everything."""
     q, kv, batch = step.q, step.kv, step.batch
     element = q.element_size()
     with lineup.may_be_absent("FlexAttention"):
@@ -160,6 +166,21 @@ def _add_peers(lineup: Field, step: Step, rows: Tensor, finest: BlockTable) -> N
         flops = baselines.quoka_flops(step, chosen)
         quoka = Contestant("QUOKA", "peer", run, exact.check, flops, spoil=_free(step), capturable=False)
         lineup.contestants.append(quoka)
+    add_flashinfer(lineup, step, rows)
+
+
+def add_flashinfer(lineup: Field, step: Step, rows: Tensor) -> None:
+    """FlashInfer's dense paged attention, its plan made beforehand."""
+    with lineup.may_be_absent("FlashInfer, dense paged"):
+        run = flashinfer_peer.dense_paged(step)
+        exact = gate.reference_rows(step.q, step.kv, step.batch, rows)
+        lens = [step.chunk] * step.shape.batch, [step.past] * step.shape.batch
+        count = cases.dense_flops(*lens, step.shape), cases.dense_bytes(*lens, step.shape, step.q.element_size())
+        note = "BatchPrefillWithPagedKVCacheWrapper.run, plan not timed"
+        contestant = Contestant(
+            "FlashInfer, dense paged", "peer", run, exact.check, *count, spoil=_free(step), note=note
+        )
+        lineup.contestants.append(contestant)
 
 
 def _flex_check(exact: gate.Reference) -> Callable[[Tensor], gate.Verdict]:
@@ -207,13 +228,10 @@ def library(
 ) -> list[Contestant]:
     """The library under one grouping: `unite`, `build_table`, `attend`, and the fused `select_table` and `prefill`."""
     q, kv, batch, name = step.q, step.kv, step.batch, str(grouping)
-    keep = gate.united(selection, batch, grouping.heads, grouping.span)
-    groups = unite(selection, batch, heads_per_group=grouping.heads, query_blocks_per_span=grouping.span)
+    how, kernel = grouping.arguments, attend_kernel(q, kv, table.block_size, table.query_block)
     exact = gate.reference_rows(q, kv, batch, rows, gate.table_tokens(table, q, kv, batch, rows))
-    flops = cases.table_flops(table, batch, step.shape)
-    least = cases.table_bytes(table, batch, step.shape, q.element_size())
-    attended, filled = torch.empty_like(q), torch.empty_like(q)
-    how = {"heads_per_group": grouping.heads, "query_blocks_per_span": grouping.span}
+    counts = cases.table_flops(table, batch, step.shape), cases.table_bytes(table, batch, step.shape, q.element_size())
+    filled = torch.empty_like(q)
 
     def fused() -> object:
         return select_table(q, kv, batch, selector=SELECTOR, summary=summary, **how)
@@ -222,9 +240,26 @@ def library(
         return prefill(q, kv, batch, selector=SELECTOR, summary=summary, out=filled, **how)
 
     def same_table(result: BlockTable) -> gate.Verdict:
-        return gate.check_table(result, keep)
+        return gate.check_table(result, gate.united_rows(selection, batch, result.rows, len(result.counts)))
 
-    parts = [
+    parts = _union_stages(batch, selection, grouping) if stages and not grouping.chosen_by_library else []
+    if stages:
+        parts.append(attention(f"attend {name}", q, kv, batch, table, exact, torch.empty_like(q), counts, name))
+    spoil = functools.partial(filled.fill_, math.nan)
+    return [
+        *parts,
+        Contestant(f"select_table {name}", "library", fused, same_table, grouping=name, host=True),
+        Contestant(
+            f"prefill {name}", "library", whole, exact.check, *counts, name, spoil=spoil, host=True, kernel=kernel
+        ),
+    ]
+
+
+def _union_stages(batch: PrefillBatch, selection: SelectionMask, grouping: Grouping) -> list[Contestant]:
+    """`unite` and `build_table` under a fixed grouping, against the union by plain PyTorch in the fixed row order."""
+    how, name = grouping.arguments, str(grouping)
+    keep, groups = gate.united(selection, batch, grouping.heads, grouping.span), unite(selection, batch, **how)
+    return [
         Contestant(
             f"unite {name}",
             "stage",
@@ -232,22 +267,12 @@ def library(
             lambda result: gate.check_same("union", result.keep, keep),
             grouping=name,
         ),
-        Contestant(f"build_table {name}", "stage", lambda: build_table(groups), same_table, grouping=name),
-        attention(f"attend {name}", q, kv, batch, table, exact, attended, (flops, least), name),
-    ]
-    return [
-        *(parts if stages else []),
-        Contestant(f"select_table {name}", "library", fused, same_table, grouping=name, host=True),
         Contestant(
-            f"prefill {name}",
-            "library",
-            whole,
-            exact.check,
-            flops,
-            least,
-            name,
-            spoil=lambda: filled.fill_(math.nan),
-            host=True,
+            f"build_table {name}",
+            "stage",
+            lambda: build_table(groups),
+            lambda result: gate.check_table(result, keep),
+            grouping=name,
         ),
     ]
 
@@ -272,6 +297,7 @@ def attention(
         *counts,
         grouping,
         spoil=lambda: out.fill_(math.nan),
+        kernel=attend_kernel(q, kv, table.block_size, table.query_block),
     )
 
 
@@ -287,10 +313,14 @@ def controlled(
 
 
 def tables_field(case: Case, step: Step) -> Field:
-    """Dense cuDNN and `attend` alone on controlled tables."""
+    """The card's ceilings, dense cuDNN, and `attend` alone on controlled tables."""
     lineup = Field()
-    _add_dense(lineup, case, step, gate.sample_rows(step.batch))
-    for grouping in groupings_of(case):
+    lineup.contestants.extend(ceilings(step.q.device))
+    rows = gate.sample_rows(step.batch)
+    add_dense(lineup, case, step, rows)
+    if case.peers:
+        add_flashinfer(lineup, step, rows)
+    for grouping in groupings_of(case, fixed=True):
         for lengths in LENGTHS:
             table = controlled_table(step.batch, case.shape.q_heads, grouping, lengths)
             name = f"attend {grouping}, {lengths.name}"
@@ -298,29 +328,33 @@ def tables_field(case: Case, step: Step) -> Field:
     return lineup
 
 
-RAGGED_QUERIES = (1024, 1000, 1023, 1009, 1024, 1001, 1017, 1022)
-RAGGED_KEYS = (0, 1, 77, 133, 255, 384, 640, 1111)
-
-
-def ragged_batch(case: Case, device: torch.device) -> PrefillBatch:
-    """Unaligned lengths just under the case's: queries from 1000/1024 of the chunk on, keys a few blocks shorter."""
-    chosen = [n % len(RAGGED_QUERIES) for n in range(1, case.shape.batch + 1)]
-    q_lens = [max(1, RAGGED_QUERIES[n] * case.chunk // 1024) for n in chosen]
-    return PrefillBatch.from_lens(q_lens, [case.context - RAGGED_KEYS[n] for n in chosen], device)
-
-
-def layouts_field(case: Case, step: Step, others: dict[int, Step]) -> Field:
-    """`attend` at density 0.10: aligned on pages of 128, on other page sizes, and with ragged lengths."""
-    lineup, lengths = Field(), LENGTHS[2]
-    for grouping in groupings_of(case):
-        table = controlled_table(step.batch, case.shape.q_heads, grouping, lengths)
-        name = f"attend {grouping}, page {step.kv.page_size}"
-        lineup.contestants.append(controlled(name, case, step.q, step.kv, step.batch, grouping, table))
-        for page_size, other in others.items():
-            name = f"attend {grouping}, page {page_size}"
-            lineup.contestants.append(controlled(name, case, other.q, other.kv, other.batch, grouping, table))
-        ragged = ragged_batch(case, step.q.device)
-        q = step.q[: int(ragged.cu_seqlens_q[-1])]
-        table = controlled_table(ragged, case.shape.q_heads, grouping, lengths)
-        lineup.contestants.append(controlled(f"attend {grouping}, ragged", case, q, step.kv, ragged, grouping, table))
-    return lineup
+def ceilings(device: torch.device) -> list[Contestant]:
+    """A large product and a large copy: what the card can do in the very loop that times everything else."""
+    cuda = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
+    product, copied = torch.empty_like(a), torch.empty(16 * size, size, device=device, dtype=dtype)
+    source = torch.randn_like(copied)
+    picked = torch.arange(0, size, size // 64, device=device)
+    check = gate.product_check(a[picked], b)
+    return [
+        Contestant(
+            "matmul",
+            "ceiling",
+            lambda: torch.mm(a, b, out=product),
+            lambda result: check(result[picked]),
+            2.0 * size**3,
+            3.0 * a.nbytes,
+            spoil=lambda: product.fill_(math.nan),
+            note=f"{size} x {size} x {size}",
+        ),
+        Contestant(
+            "copy",
+            "ceiling",
+            lambda: torch.mul(source, 1, out=copied),  # a kernel: a graph would give copy_ to a copy engine
+            lambda result: gate.check_same("copy", result, source),
+            bytes=2.0 * source.nbytes,
+            spoil=lambda: copied.fill_(math.nan),
+            note="read + written",
+        ),
+    ]

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.baselines import merge_plain
+from benchmarks.baselines import fused_cpu, merge_plain
 from benchmarks.cases import ONE, K, table_mask
 from benchmarks.gate import Verdict, reference_rows, sample_rows, table_tokens
-from benchmarks.latency import environment, write_json
+from benchmarks.latency import write_json
+from benchmarks.machine import environment
 from benchmarks.timing import Timing, summarize_times
 from benchmarks.workloads import SELECTOR, Step, Workload, make_step
 from compactattn import KVSummary, prefill, select_table, summarize
@@ -47,24 +48,23 @@ def dense_ways(step: Step) -> dict[str, Callable[[], Tensor]]:
     """Ways to run bottom-right causal attention on PyTorch's fused CPU kernel, each giving out [T, Hq, D]."""
     assert step.k is not None
     assert step.v is not None
-    group, past, fused = step.shape.group, step.past, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    group, past = step.shape.group, step.past
     q = step.q[None].transpose(1, 2).contiguous()  # [1, Hq, chunk, D]
     k, v = step.k, step.v
     repeated = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    expanded = tuple(x[0, :, None].expand(-1, group, -1, -1) for x in (k, v))
     mask = torch.ones(step.chunk, step.context, dtype=torch.bool).tril(past)
 
     def masked() -> Tensor:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
     def split(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        before = fused(queries, keys[:, :, :past], values[:, :, :past])
-        chunk = fused(queries, keys[:, :, past:], values[:, :, past:], is_causal=True)
-        return merge_plain(*(x.reshape(1, -1, *x.shape[2:]) for x in (*before, *chunk)))
+        before = fused_cpu(queries, keys[:, :, :past], values[:, :, :past], False)
+        chunk = fused_cpu(queries, keys[:, :, past:], values[:, :, past:], True)
+        return merge_plain(*before, *chunk)
 
     return {
         "scaled_dot_product_attention, mask, enable_gqa": masked,
-        "past and chunk merged, K and V expanded": lambda: split(q.view(-1, group, *q.shape[2:]), *expanded),
+        "past and chunk merged, K and V expanded": lambda: split(q, k, v),
         "past and chunk merged, K and V repeated beforehand": lambda: split(q, *repeated),
     }
 

@@ -99,7 +99,11 @@ def reference_rows(
         for h in range(kv_heads):
             k, v = (cache[pages, :, h].flatten(0, 1)[:seq_len] for cache in (kv.k, kv.v))
             mine = slice(h * group, (h + 1) * group)
-            unseen = hidden if visible is None else hidden | ~visible(b, h)
+            unseen = hidden
+            if visible is not None:  # keys that no chosen row sees have no part in the result
+                seen = visible(b, h)
+                columns = seen.flatten(0, -2).any(0).nonzero().squeeze(1)
+                k, v, unseen = k[columns], v[columns], (hidden[:, columns] | ~seen[..., columns])
             queries = q[rows[b], mine].transpose(0, 1)
             truth = _softmax_attention(queries, k, v, unseen, scale, torch.float64)
             plain = _softmax_attention(queries, k, v, unseen, scale, q.dtype).double()
@@ -175,17 +179,33 @@ def check_selection(
 
 
 def united(selection: SelectionMask, batch: PrefillBatch, heads: int, span: int | None) -> Tensor:
-    """The union by plain PyTorch for equal-length requests: bool [R, Kb], rows in the fixed order."""
+    """The union by plain PyTorch: bool [R, Kb], rows in the fixed order."""
+    keep = wanted(selection, batch)
+    span = keep.shape[2] if span is None else span
+    keep = torch.nn.functional.pad(keep, (0, 0, 0, -keep.shape[2] % span))
+    return keep.unflatten(1, (-1, heads)).unflatten(3, (-1, span)).any(4).any(2).flatten(0, 2)
+
+
+def united_rows(selection: SelectionMask, batch: PrefillBatch, rows: Tensor, count: int) -> Tensor:
+    """The same for any assignment of (request, head, query block) to `count` rows, such as a table's own."""
+    keep = wanted(selection, batch)
+    total = torch.zeros(count, keep.shape[-1], dtype=torch.int32, device=keep.device)
+    return total.index_add_(0, rows.flatten().long(), keep.flatten(0, 2).int()) > 0
+
+
+def wanted(selection: SelectionMask, batch: PrefillBatch) -> Tensor:
+    """What each (head, query block) asks its row for: its past by the mask, its current region whole: [B, Hq, Qb, Kb].
+
+    Query blocks without a query ask for nothing.
+    """
     mask, block_size, query_block = selection.mask, selection.block_size, selection.query_block
-    q_blocks, device = mask.shape[2], mask.device
-    span = q_blocks if span is None else span
     past = (batch.past_lens // block_size)[:, None, None]
-    j = torch.arange(mask.shape[3], device=device)
-    last_row = torch.minimum((torch.arange(q_blocks, device=device) + 1) * query_block, batch.q_lens[:, None]) - 1
+    j = torch.arange(mask.shape[3], device=mask.device)
+    first_row = torch.arange(mask.shape[2], device=mask.device) * query_block
+    last_row = torch.minimum(first_row + query_block, batch.q_lens[:, None]) - 1
     last = (batch.past_lens[:, None] + last_row) // block_size
-    wanted = torch.where((j < past)[:, None], mask, ((j >= past) & (j <= last[..., None]))[:, None])
-    wanted = torch.nn.functional.pad(wanted, (0, 0, 0, -q_blocks % span))
-    return wanted.unflatten(1, (-1, heads)).unflatten(3, (-1, span)).any(4).any(2).flatten(0, 2)
+    own = torch.where((j < past)[:, None], mask, ((j >= past) & (j <= last[..., None]))[:, None])
+    return own & (first_row < batch.q_lens[:, None])[:, None, :, None]
 
 
 def check_same(name: str, got: Tensor, expected: Tensor) -> Verdict:
@@ -194,6 +214,21 @@ def check_same(name: str, got: Tensor, expected: Tensor) -> Verdict:
         return Verdict(False, math.inf, 0, f"{name}: shape {tuple(got.shape)} is not {tuple(expected.shape)}")
     wrong = int((got != expected).sum())
     return Verdict(wrong == 0, float(wrong), len(got), f"{name}, every entry")
+
+
+def product_check(a: Tensor, b: Tensor) -> Callable[[Tensor], Verdict]:
+    """Of a product a @ b in a's dtype, accumulated in float32 in any order and rounded once.
+
+    Each of n products and sums rounds by at most 2^-23 of what was summed in absolute value so far.
+    """
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    bound = (a.shape[-1] + 1) * 2.0**-23 * size + torch.finfo(a.dtype).eps * exact.abs()
+
+    def check(result: Tensor) -> Verdict:
+        worst = float(((result.double() - exact).abs() / bound).amax().nan_to_num(math.inf, math.inf))
+        return Verdict(worst <= 1, worst, a.shape[-2], "product against float64 rows")
+
+    return check
 
 
 def check_table(table: BlockTable, keep: Tensor) -> Verdict:

@@ -1,18 +1,15 @@
-"""`python -m benchmarks latency`: how long one chunk takes, dense and sparse, stage by stage and whole.
+"""`python -m benchmarks latency`: how long chunked prefill takes, dense and sparse, one question per kind of case.
 
 Every result goes through the gate on the tensors that are timed, first as a plain call and again as a graph replay; a
 red gate is reported and never timed. The JSON is rewritten after every case, so that a run that is cut short keeps
-what it has.
+what it has, and `--resume` goes on from there.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,31 +19,28 @@ from typing import Any
 
 import torch
 
-import compactattn
 from benchmarks import baselines
 from benchmarks.cases import Case, Preset, matching, preset
-from benchmarks.contestants import Contestant, Field, layouts_field, step_field, tables_field
-from benchmarks.gate import Verdict
-from benchmarks.timing import (
-    ColdCache,
-    Timing,
-    capture,
-    host_time,
-    interleaved_cpu,
-    interleaved_cuda,
-    poison,
-)
-from benchmarks.workloads import PUBLISHED_DENSITY, WORKLOADS, Density, Step, make_step
+from benchmarks.contestants import Field, step_field, tables_field
+from benchmarks.host import measured_host
+from benchmarks.layouts import layouts_field
+from benchmarks.machine import ceilings, environment
+from benchmarks.measure import failed, measure, rows_of
+from benchmarks.prompts import measured_prompt
+from benchmarks.scaling import scaling_field
+from benchmarks.workloads import WORKLOADS, Step, make_step
 
-SCHEMA = 1
+SCHEMA = 2
 PROTOCOL = (
     "All rows of a case are timed round-robin in one loop, after a correctness gate on the same tensors.",
     "On a GPU the L2 is evicted before every run unless a row says cold_l2 false.",
-    "graph: replays of a CUDA graph, queued; plain: one call on an idle device, host work included.",
+    "graph: replays of a CUDA graph, queued; plain: one call on an idle device, host work included; host: the host's "
+    "part of such a call; steady host: the host's part of calls in bursts, without synchronisation.",
     "Useful FLOPs: 4 · rows · keys · D over the tokens in the table, half of the current chunk's own square.",
     "Bytes: queries, outputs, and each K and V token once per KV head that reads it.",
     "Dense runs compute bottom-right causal attention; cuDNN's past and chunk are merged by log-sum-exp.",
     "Densities are of FlashPrefill at alpha 0.18; each says whether it is of one chunk or an average over a prompt.",
+    "A power-capped card slows down over seconds: rates are compared within one case, never between runs.",
 )
 
 
@@ -57,6 +51,9 @@ class Options:
     Attributes:
         preset, out: which preset, and the directory of its results.
         cases: comma-separated parts of case names; None runs all.
+        only: comma-separated kinds of cases; None runs all.
+        resume: keep the cases that the result in `out` already has from the same sources on the same card.
+        commit: what to write down as the commit where there is no git.
         budget_seconds, timing_seconds, device: instead of the preset's.
         shrink: divide contexts, chunks and heads, to try a preset's code on a small machine.
         threads: on the CPU; one by default, because two on a shared core wait for each other.
@@ -66,59 +63,15 @@ class Options:
     preset: str
     out: Path
     cases: str | None = None
+    only: str | None = None
+    resume: bool = False
+    commit: str | None = None
     budget_seconds: float | None = None
     timing_seconds: float | None = None
     device: str | None = None
     shrink: int = 1
     threads: int = 1
     warm: bool = False
-
-
-def environment(device: str) -> dict[str, object]:
-    """What the numbers were measured on."""
-    commit = _output("git", "rev-parse", "--short", "HEAD")
-    found: dict[str, object] = {
-        "compactattn": compactattn.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "commit": commit,
-        "uncommitted_changes": commit and bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
-        "gpu": None,
-    }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = properties.name
-        found["multiprocessors"] = properties.multi_processor_count
-        found["l2_bytes"] = properties.L2_cache_size
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = torch.backends.cudnn.version()
-        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found["power_limit"] = _output("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader")
-        found["triton"] = __import__("triton").__version__
-    else:
-        found["numba"] = __import__("numba").__version__
-        found["threads"] = torch.get_num_threads()
-    return found
-
-
-def _output(*command: str) -> str | None:
-    """The first line that a command prints, or None where it cannot run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().partition("\n")[0]
-
-
-def ceilings() -> dict[str, float]:
-    """What this card reaches today: a large bf16 product, in TFLOP/s, and a device copy, in TB/s read and written."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    source = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    times = interleaved_cuda({}, {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 0.3)
-    product, copied = times["product", "plain"].p50_ms, times["copy", "plain"].p50_ms
-    return {"matmul_tflops": 2 * 8192**3 / product / 1e9, "copy_tbps": 2 * source.nbytes / copied / 1e9}
 
 
 def run(options: Options) -> int:
@@ -129,12 +82,12 @@ def run(options: Options) -> int:
     device = options.device or chosen.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
-    listed = matching(chosen.cases, options.cases)
+    listed = matching(chosen.cases, options.cases, options.only)
     if not listed:
         raise ValueError(f"--cases: expected a part of a case's name, such as {chosen.cases[0].name}, got no match")
     with _threads(options.threads if device == "cpu" else torch.get_num_threads()):
         result, path = _measured(options, chosen, device, listed)
-    from benchmarks.report import terminal_table
+    from benchmarks.report_terminal import terminal_table
 
     print(terminal_table(result))
     print(f"\n{path}\nreport: python -m benchmarks report {path}")
@@ -157,52 +110,70 @@ def _measured(options: Options, chosen: Preset, device: str, listed: Sequence[Ca
     started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"latency-{options.preset}.json"
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "preset": options.preset,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "protocol": PROTOCOL,
-        "environment": environment(device),
-        "ceilings": ceilings() if device == "cuda" else {},
-        "notes": chosen.notes,
-        "cases": [],
-    }
-    records = result["cases"]
-    for case in listed:
+    result, kept = _opened(options, chosen, device, path)
+    records, current = result["cases"], result["runs"][-1]
+    for case in (shrunk(case, options.shrink) for case in listed):
+        if case.name in kept:
+            continue
         elapsed = time.perf_counter() - started
         if elapsed > budget:
             reason = f"the budget of {budget:.0f} s was spent"
             records.append({"name": case.name, "case": asdict(case), "status": "not run", "reason": reason})
         else:
-            small = shrunk(case, options.shrink)
-            records.append(measured_case(small, chosen, device, cold=not options.warm))
+            records.append(measured_case(case, chosen, device, cold=not options.warm))
             records[-1]["seconds"] = round(time.perf_counter() - started - elapsed, 2)
             print(_progress(records[-1], elapsed), flush=True)
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
-        result["seconds"] = round(time.perf_counter() - started, 1)
+        records[-1]["run"] = len(result["runs"]) - 1
+        current["seconds"] = round(time.perf_counter() - started, 1)
         write_json(path, result)
     return result, path
 
 
+def _opened(options: Options, chosen: Preset, device: str, path: Path) -> tuple[dict[str, Any], set[str]]:
+    """The result to add to, and the names of the cases that it keeps: all sound ones when resuming, else none."""
+    here = environment(device, options.commit)
+    result: dict[str, Any] = {"schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL, "notes": chosen.notes}
+    result |= {"runs": [], "cases": []}
+    if options.resume and path.exists():
+        before = json.loads(path.read_text())
+        where = before["runs"][-1]["environment"] if before.get("schema") == SCHEMA else {}
+        for name in ("sources", "gpu", "torch"):
+            if where.get(name) != here[name]:
+                got = f"{path} of {name} {where.get(name)!r}"
+                raise ValueError(f"--resume: expected a result of {name} {here[name]!r}, got {got}")
+        result["runs"] = before["runs"]
+        result["cases"] = [record for record in before["cases"] if record["status"] == "ok" and not failed(record)]
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    top = ceilings() if device == "cuda" else {}
+    result["runs"].append({"started": started, "environment": here, "ceilings": top, "seconds": 0.0})
+    return result, {record["name"] for record in result["cases"]}
+
+
 def shrunk(case: Case, factor: int) -> Case:
-    """The same case over a context and a chunk divided by `factor`, for trying presets on a small machine."""
+    """The same case over lengths divided by `factor`, for trying presets on a small machine."""
     if factor == 1:
         return case
     shape = replace(case.shape, batch=min(case.shape.batch, 2), q_heads=case.shape.group, kv_heads=1)
-    return replace(case, shape=shape, context=case.context // factor, chunk=max(128, case.chunk // factor))
+    chunk = max(128, case.chunk // factor)
+    since, context = case.since // factor, max(case.context // factor, chunk)
+    return replace(case, shape=shape, context=context, chunk=chunk, since=since)
 
 
-def measured_case(case: Case, chosen: Preset, device: str, *, cold: bool = True) -> dict[str, object]:
+def measured_case(case: Case, chosen: Preset, device: str, *, cold: bool = True) -> dict[str, Any]:
     """The record of one case; a case that cannot be made or runs out of memory is a failed record, not an exception."""
-    record: dict[str, object] = {"name": case.name, "case": asdict(case), "status": "ok"}
+    record: dict[str, Any] = {"name": case.name, "case": asdict(case), "status": "ok"}
     try:
         if case.kind == "prompt":
-            record |= measured_prompt(case, chosen, device, cold)
+            record |= measured_prompt(case, chosen.timing_seconds / 10, device, cold)
+        elif case.kind == "host":
+            record |= measured_host(case, _make(case, device, None))
         else:
             lineup = _prepared(case, chosen, device)
-            rows, absent = measure(lineup, chosen.timing_seconds, device, cold=cold)
+            seconds = chosen.timing_seconds / (4 if case.kind == "scaling" else 1)
+            rows, absent = measure(lineup, seconds, device, cold=cold)
             record |= {"rows": rows, "did_not_run": absent, "density": lineup.density}
     except Exception as error:
         record |= {"status": "failed", "reason": baselines.reason(error)}
@@ -210,140 +181,31 @@ def measured_case(case: Case, chosen: Preset, device: str, *, cold: bool = True)
 
 
 def _prepared(case: Case, chosen: Preset, device: str) -> Field:
+    if case.kind in ("layouts", "scaling"):
+        step = _make(case, device, None)
+        return layouts_field(case, step) if case.kind == "layouts" else scaling_field(case, step)
     capacity = case.context
     if case.kind == "step" and case.peers and device == "cuda":
         capacity = max(capacity, chosen.capacity)
     step = _make(case, device, capacity)
-    if case.kind == "tables":
-        return tables_field(case, step)
-    if case.kind == "layouts":
-        sizes = [size for size in (16, 64, 256) if size != case.page_size]
-        others = {size: _make(replace(case, page_size=size), device, None) for size in sizes}
-        return layouts_field(case, step, others)
-    return step_field(case, step)
+    return tables_field(case, step) if case.kind == "tables" else step_field(case, step)
 
 
-def _make(case: Case, device: str, capacity: int | None, *, context: int | None = None, seed: int = 0) -> Step:
+def _make(case: Case, device: str, capacity: int | None) -> Step:
     return make_step(
         WORKLOADS[case.workload],
         case.shape,
-        case.context if context is None else context,
+        case.context,
         case.chunk,
         correlation=case.correlation,
         page_size=case.page_size,
-        seed=seed,
         device=device,
         dtype=getattr(torch, case.dtype),
         capacity=capacity,
     )
 
 
-def measured_prompt(case: Case, chosen: Preset, device: str, cold: bool) -> dict[str, object]:
-    """Every stride-th chunk of a prompt, dense and `prefill`; sums stand for the whole prompt."""
-    chunks, density, absent = [], Density(), {}
-    growth: dict[str, Density] = {}
-    places = range(case.stride // 2, case.context // case.chunk, case.stride)
-    for n in places:
-        context = (n + 1) * case.chunk
-        step = _make(case, device, context, context=context, seed=n)
-        lineup = step_field(replace(case, peers=False), step, stages=False)
-        rows, missing = measure(lineup, chosen.timing_seconds / 4, device, cold=cold)
-        absent |= missing
-        chunks.append({"context": context, "stands_for": case.context // case.chunk / len(places), "rows": rows})
-        for name, one in lineup.measured.items():
-            growth[name] = growth.get(name, Density()) + one
-            density = growth[name]
-        del step, lineup
-    published = PUBLISHED_DENSITY.get(case.context)
-    return {
-        "chunks": chunks,
-        "did_not_run": absent,
-        "density": {name: total.as_json() for name, total in growth.items()},
-        "calibration": {"mask_density": density.mask_density, "published": published},
-    }
-
-
-def measure(
-    lineup: Field, seconds: float, device: str, *, cold: bool = False
-) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Gate every contestant, then time the green ones: JSON rows, and reasons for what did not run."""
-    absent, rows, ready, replays = dict(lineup.absent), [], {}, {}
-    for contestant in lineup.contestants:
-        row = _row(contestant)
-        try:
-            contestant.spoil()
-            result = contestant.run()
-        except Exception as error:
-            why = baselines.reason(error)
-            if contestant.family in ("dense", "peer"):
-                absent[contestant.name] = why
-                continue
-            verdict = Verdict(False, math.inf, 0, f"raised {why}")  # the library itself may not fail
-        else:
-            verdict = checked(contestant, result)
-        row["gate"] = verdict.as_json()
-        rows.append(row)
-        if not verdict.passed:
-            continue
-        ready[contestant.name] = contestant
-        if device == "cuda":
-            row["graph"] = _captured(contestant, replays, absent)
-    if device == "cuda":
-        flush = ColdCache(torch.device(device), needed=cold)
-        plain = {name: contestant.run for name, contestant in ready.items()}
-        times = interleaved_cuda(replays, plain, seconds, cold=flush)
-    else:
-        times = interleaved_cpu({name: contestant.run for name, contestant in ready.items()}, seconds)
-    hosts = {name: host_time(one.run) for name, one in ready.items() if one.host and device == "cuda"}
-    for row in rows:
-        row["times"] = {mode: timing.as_json() for (name, mode), timing in times.items() if name == row["name"]}
-        if row["name"] in hosts:
-            row["times"]["host"] = hosts[row["name"]].as_json()
-        row["cold_l2"] = cold and device == "cuda"
-    return rows, absent
-
-
-def checked(contestant: Contestant, result: object) -> Verdict:
-    """The gate's verdict; a result that the gate cannot even read is a red one."""
-    try:
-        return contestant.check(result)
-    except Exception as error:
-        return Verdict(False, math.inf, 0, f"the check raised {baselines.reason(error)}")
-
-
-def _captured(contestant: Contestant, replays: dict, absent: dict[str, str]) -> dict[str, object]:
-    """Capture a contestant and gate a replay of it; the verdict, or why there is none."""
-    if not contestant.capturable:
-        return {"captured": False, "reason": "reads device values on the host"}
-    try:
-        replay = capture(contestant.run)
-        poison(replay.result)
-        contestant.spoil()
-        replay.run()
-    except Exception as error:
-        absent[f"{contestant.name}, graph"] = baselines.reason(error)
-        return {"captured": False, "reason": baselines.reason(error)}
-    verdict = checked(contestant, replay.result)
-    if verdict.passed:
-        replays[contestant.name] = replay.run
-    return {"captured": True, "gate": verdict.as_json()}
-
-
-def _row(contestant: Contestant) -> dict[str, object]:
-    names = ("name", "family", "grouping", "flops", "bytes", "note")
-    return {name: getattr(contestant, name) for name in names}
-
-
-def failed(record: dict[str, object]) -> bool:
-    """A case that failed, or one with a red gate, plain or replayed."""
-    rows = list(record.get("rows", []))
-    for chunk in record.get("chunks", []):
-        rows += chunk["rows"]
-    gates = [row["gate"] for row in rows] + [row["graph"]["gate"] for row in rows if "gate" in row.get("graph", {})]
-    return record["status"] == "failed" or not all(verdict["passed"] for verdict in gates)
-
-
-def _progress(record: dict[str, object], elapsed: float) -> str:
+def _progress(record: dict[str, Any], elapsed: float) -> str:
     state = record["status"] if not failed(record) else f"FAILED {record.get('reason', '(red gate)')}"
     lines = [f"[{elapsed:6.1f} s] {record['name']}: {state}, {record['seconds']} s"]
     for name, one in record.get("density", {}).items():
@@ -351,23 +213,30 @@ def _progress(record: dict[str, object], elapsed: float) -> str:
         grown = one["growth"]["sub_group_union"] or 1
         lines.append(f"           {one['scope']}, {name}: past {own:.2%}, united {united:.2%}, growth {grown:.2f}")
     lines += [f"           did not run: {name}: {why}" for name, why in record.get("did_not_run", {}).items()]
-    for row in record.get("rows", []):
+    for row in rows_of(record):
         if not row["gate"]["passed"]:
             lines.append(f"           RED {row['name']}: {row['gate']}")
     return "\n".join(lines)
 
 
-def write_json(path: Path, result: dict[str, object]) -> None:
+def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write under another name and rename, so that nobody meets half a file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        unfinished.write_text(_laid_out(result) + "\n")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def timing_of(row: dict[str, object], mode: str) -> Timing | None:
-    """A row's timing of one mode, or None."""
-    times = row["times"].get(mode)
-    return None if times is None else Timing(**times)
+def _laid_out(value: object, depth: int = 0) -> str:
+    """JSON with one line per row of a case, and per row of a prompt's chunk."""
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    if not isinstance(value, dict | list | tuple) or not value or depth == 5 or (depth == 4 and "gate" in value):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    deeper = " " * (depth + 1)
+    if isinstance(value, dict):
+        parts = [f"{deeper}{json.dumps(str(name))}: {_laid_out(one, depth + 1)}" for name, one in value.items()]
+    else:
+        parts = [f"{deeper}{_laid_out(one, depth + 1)}" for one in value]
+    return "\n".join((opening, ",\n".join(parts), f"{' ' * depth}{closing}"))

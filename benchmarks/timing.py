@@ -124,8 +124,13 @@ def interleaved_cuda(
     seconds: float,
     *,
     cold: Callable[[], None] | None = None,
+    least: int = 7,
+    warm_ups: int = 2,
 ) -> dict[tuple[str, str], Timing]:
-    """Time everything round-robin: {(name, "graph" or "plain"): Timing}. `cold` runs before each, untimed."""
+    """Time everything round-robin: {(name, "graph" or "plain"): Timing}. `cold` runs before each, untimed.
+
+    At least `least` rounds are timed, after `warm_ups` and one more to see how long a round takes.
+    """
     order = [(name, "graph", run) for name, run in replays.items()]
     order += [(name, "plain", run) for name, run in plain.items()]
     cold = cold or (lambda: None)
@@ -143,13 +148,14 @@ def interleaved_cuda(
             events.append((start, end))
         return events
 
-    for _ in range(2):
+    for _ in range(warm_ups):
         one_round()
     torch.cuda.synchronize()
     started = time.perf_counter()
     one_round()
     torch.cuda.synchronize()
-    rounds = [one_round() for _ in range(rounds_for(time.perf_counter() - started, seconds))]
+    count = rounds_for(time.perf_counter() - started, seconds, least=least)
+    rounds = [one_round() for _ in range(count)]
     torch.cuda.synchronize()
     times: dict[tuple[str, str], list[float]] = {(name, mode): [] for name, mode, _ in order}
     for events in rounds:

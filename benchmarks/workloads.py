@@ -15,13 +15,13 @@ group's; the rest is its own. Calibration changes the data (budgets), never alph
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import PAPER, Grouping, Shape
-from compactattn import FlashPrefill, PagedKV, PrefillBatch, SelectionMask, select
+from benchmarks.cases import PAPER, Grouping, Shape, past_entries
+from compactattn import BlockTable, FlashPrefill, PagedKV, PrefillBatch, SelectionMask, select
 from compactattn.quality import DensityCascade, density_cascade
 from compactattn.selection import block_rules
 
@@ -180,15 +180,15 @@ def make_step(
     `capacity`: tokens of the dense copies, at least `context`; None makes none. `selected_scale`: the softmax scale
     that scores are planted for, default D^-0.5.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + context * 31 + chunk)
+    generator = structure_generator(seed, context, chunk)
     pattern = draw_pattern(workload, shape, context, chunk, correlation, generator)
     scale = shape.head_dim**-0.5 if selected_scale is None else selected_scale
-    means, directions = _plant(workload, shape, pattern, scale, generator)
+    means, directions = plant(workload, shape, pattern, scale, generator, device)
     noise = torch.Generator(device).manual_seed(seed + 1)
 
     q = torch.empty(shape.batch, chunk, shape.q_heads, shape.head_dim, dtype=dtype, device=device)
     q.normal_(std=QUERY_NOISE, generator=noise)
-    directions = directions.to(device=device, dtype=dtype)
+    directions = directions.to(dtype)
     for i, rows in enumerate(q.split(BLOCK, dim=1)):
         rows += directions[:, i, None]
     pages = -(-context // page_size)
@@ -204,7 +204,7 @@ def make_step(
             rows = torch.empty(pages * page_size, shape.kv_heads, shape.head_dim, dtype=dtype, device=device)
             rows.normal_(generator=noise)
             if which == 0:
-                for j, mean in enumerate(means[b].to(device=device, dtype=dtype).split(256)):
+                for j, mean in enumerate(means[b].to(dtype).split(256)):
                     part = rows[j * 256 * BLOCK : min((j + 1) * 256 * BLOCK, context)]
                     part += mean.repeat_interleave(BLOCK, 0)[: len(part)]
             rows[context:] = math.nan  # page slots beyond the sequence are never read
@@ -217,26 +217,40 @@ def make_step(
     return Step(shape, context, chunk, q.flatten(0, 1), kv, batch, k, v)
 
 
-def _plant(
-    workload: Workload, shape: Shape, pattern: Pattern, scale: float, generator: torch.Generator
+def structure_generator(seed: int, context: int, chunk: int) -> torch.Generator:
+    """What a step's pattern and directions are drawn from, on the CPU."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + context * 31 + chunk)
+
+
+def plant(
+    workload: Workload,
+    shape: Shape,
+    pattern: Pattern,
+    scale: float,
+    generator: torch.Generator,
+    device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Block means of the keys [B, Kb, Hkv, D] and mean queries [B, Qb, Hq, D], float32 on the CPU."""
+    """Block means of the keys [B, Kb, Hkv, D] and mean queries [B, Qb, Hq, D], float32 on `device`.
+
+    Everything random is drawn on the CPU.
+    """
     batch, kv_heads, heads, blocks = pattern.vertical.shape
     dim, strength = shape.head_dim, math.sqrt(workload.score / scale)
-    basis = torch.linalg.qr(torch.randn(batch, kv_heads, dim, dim, generator=generator)).Q
+    basis = torch.linalg.qr(torch.randn(batch, kv_heads, dim, dim, generator=generator)).Q.to(device)
+    vertical, band = pattern.vertical.to(device), pattern.band.to(device)
     own, rest = basis[..., :heads], basis[..., heads:]  # columns: a direction per head; the space of codes
-    means = torch.einsum("bhgj,bhdg->bjhd", pattern.vertical / workload.score, own) * strength
-    queries = own.transpose(-1, -2)[:, :, :, None].expand(-1, -1, -1, pattern.band.shape[3], -1) * strength
+    means = torch.einsum("bhgj,bhdg->bjhd", vertical / workload.score, own) * strength
+    queries = own.transpose(-1, -2)[:, :, :, None].expand(-1, -1, -1, band.shape[3], -1) * strength
     if not workload.verticals:
         queries = torch.zeros_like(queries)
     if workload.slashes:
         bands = -(-blocks // workload.band_blocks)
-        codes = torch.randn(batch, kv_heads, bands, dim - heads, generator=generator)
+        codes = torch.randn(batch, kv_heads, bands, dim - heads, generator=generator).to(device)
         codes = torch.nn.functional.normalize(codes, dim=-1)
-        planted = pattern.vertical.amax(2) > 0  # a vertical carries no code, so that its score stays what it is
-        coded = codes[:, :, torch.arange(blocks) // workload.band_blocks] * ~planted[..., None]
+        planted = vertical.amax(2) > 0  # a vertical carries no code, so that its score stays what it is
+        coded = codes[:, :, torch.arange(blocks, device=device) // workload.band_blocks] * ~planted[..., None]
         means += torch.einsum("bhjc,bhdc->bjhd", coded, rest) * strength
-        aims = _aim(codes, pattern.band)
+        aims = _aim(codes, band)
         queries = queries + torch.einsum("bhgic,bhdc->bhgid", aims, rest) * strength
     return means, queries.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
@@ -246,8 +260,8 @@ def _aim(codes: Tensor, band: Tensor) -> Tensor:
     index = band.clamp(min=0).flatten(2)
     wanted = codes.gather(2, index[..., None].expand(-1, -1, -1, codes.shape[-1])).unflatten(2, band.shape[2:])
     wanted = wanted * (band >= 0)[..., None]
-    gram = wanted @ wanted.transpose(-1, -2) + 1e-4 * torch.eye(band.shape[-1])
-    weights = torch.linalg.solve(gram, torch.ones(*band.shape, 1))
+    gram = wanted @ wanted.transpose(-1, -2) + 1e-4 * torch.eye(band.shape[-1], device=band.device)
+    weights = torch.linalg.solve(gram, torch.ones(*band.shape, 1, device=band.device))
     return (wanted * weights).sum(-2)
 
 
@@ -305,17 +319,26 @@ def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def measure_density(step: Step, grouping: Grouping, selection: SelectionMask | None = None) -> Density:
-    """The cascade of one step under a grouping, by the library's own masks and unions."""
+def measure_density(
+    step: Step, grouping: Grouping, selection: SelectionMask | None = None, table: BlockTable | None = None
+) -> Density:
+    """The cascade of one step under a grouping, by the library's own masks and unions.
+
+    A grouping that the library chooses is known by its `table` alone, which then gives the sub-group's union.
+    """
     if selection is None:
         selection = select(step.q, step.kv, step.batch, SELECTOR)
+    chosen = grouping.chosen_by_library
+    fixed = PAPER if chosen else grouping
     cascade = density_cascade(
         selection,
         step.batch,
         kv_heads=step.shape.kv_heads,
-        heads_per_group=math.gcd(grouping.heads, step.shape.group),
-        query_blocks_per_span=grouping.span,
+        heads_per_group=math.gcd(int(fixed.heads), step.shape.group),
+        query_blocks_per_span=fixed.span,
     )
+    if chosen and table is not None:
+        cascade = replace(cascade, sub_group_union=int(past_entries(table, step.batch).sum()))
     visible = block_rules(step.batch, SELECTOR).visible.sum() * step.shape.q_heads
     pairs = selection.mask[..., 0].numel()
     return Density(cascade, int(selection.mask.sum()), int(visible), pairs, 1)

@@ -2,10 +2,11 @@
 
 from compactattn.attention import attend
 from compactattn.check import check
-from compactattn.data import BlockTable, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
+from compactattn.data import BlockTable, GateKeys, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
 from compactattn.pipeline import prefill, select_table
+from compactattn.seer_gate import load_seer_gates
 from compactattn.selection import select
-from compactattn.selectors import Dense, FlashPrefill, Oracle, Selector, XAttention
+from compactattn.selectors import Dense, FlashPrefill, Oracle, SeerGate, Selector, XAttention
 from compactattn.summary import summarize
 from compactattn.table import build_table
 from compactattn.union import unite
@@ -16,11 +17,13 @@ __all__ = [
     "BlockTable",
     "Dense",
     "FlashPrefill",
+    "GateKeys",
     "GroupMask",
     "KVSummary",
     "Oracle",
     "PagedKV",
     "PrefillBatch",
+    "SeerGate",
     "SelectionMask",
     "Selector",
     "XAttention",
@@ -28,6 +31,7 @@ __all__ = [
     "attend",
     "build_table",
     "check",
+    "load_seer_gates",
     "prefill",
     "select",
     "select_table",

@@ -7,9 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from compactattn.data import BlockTable, PagedKV, PrefillBatch
-from compactattn.dispatch import resolve_backend
-from compactattn.validation import check_out, check_queries, check_table, resolve_scale
+from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
+from compactattn.dispatch import Backend, resolve_backend
+from compactattn.validation import check_out, check_queries, check_summary, check_table, fail, resolve_scale
 
 
 @overload
@@ -20,6 +20,7 @@ def attend(
     table: BlockTable,
     *,
     scale: float | None = ...,
+    correction: KVSummary | None = ...,
     return_lse: Literal[False] = ...,
     out: Tensor | None = ...,
     backend: str | None = ...,
@@ -32,6 +33,7 @@ def attend(
     table: BlockTable,
     *,
     scale: float | None = ...,
+    correction: KVSummary | None = ...,
     return_lse: bool,
     out: Tensor | None = ...,
     backend: str | None = ...,
@@ -43,6 +45,7 @@ def attend(
     table: BlockTable,
     *,
     scale: float | None = None,
+    correction: KVSummary | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -55,6 +58,10 @@ def attend(
         batch: the lengths; query i of request b stands at `past_len + i` and sees keys at or before it.
         table: which blocks each (head, query block) reads; any strictly ascending rows are valid.
         scale: softmax scale, default D^-0.5.
+        correction: None, or a summary with values: every complete past block j that a row leaves out then speaks
+            through its means, as one key of weight n_j · exp(scale · q·kmean_j) and value vmean_j, n_j being its tokens
+            (FlashPrefill V2, arXiv 2608.19758). Means are averaged in float32 and rounded once to q's dtype; they are
+            trusted to be up to date over the past.
         return_lse: also return the log-sum-exp of the scaled scores, natural log, float32 [T, Hq].
         out: where to write the result, [T, Hq, D] of q's dtype; must not overlap q.
         backend: None (by device), "triton" or "numba".
@@ -69,15 +76,38 @@ def attend(
     """
     check_queries(q, kv, batch)
     check_table(table, q, kv, batch)
+    if correction is not None:
+        if not isinstance(correction, KVSummary):
+            raise fail("correction", "a KVSummary or None", type(correction).__name__)
+        check_summary(correction, kv, table.block_size, values=True, name="correction")
     check_out(out, q)
     chosen = resolve_backend(backend, q.device, q.dtype)
-    scale = resolve_scale(scale, q.shape[-1])
+    return run_attention(q, kv, batch, table, resolve_scale(scale, q.shape[-1]), correction, return_lse, out, chosen)
+
+
+def run_attention(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    scale: float,
+    correction: KVSummary | None,
+    return_lse: bool,
+    out: Tensor | None,
+    backend: Backend,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attend` after its checks."""
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    if chosen == "triton":
+    if backend == "triton":
         from compactattn._triton.attention import attend as run
+        from compactattn._triton.correction import attend_corrected as run_corrected
     else:
         from compactattn._numba.attention import attend as run
-    run(q, kv, batch, table, scale, out, lse)
+        from compactattn._numba.attention import attend_corrected as run_corrected
+    if correction is None:
+        run(q, kv, batch, table, scale, out, lse)
+    else:
+        run_corrected(q, kv, batch, table, scale, correction, out, lse)
     return out if lse is None else (out, lse)

@@ -292,13 +292,13 @@ def _triton_attention(capability: tuple[int, int]) -> dict[str, str]:
     from compactattn._triton.attention import why_not_hopper
 
     kernels = {}
-    for dtype, head_dim, page_size in (
+    for dtype, head_dim, query_block in (
         (torch.bfloat16, 128, 128),
-        (torch.bfloat16, 128, 16),
+        (torch.bfloat16, 128, 64),
         (torch.bfloat16, 96, 128),
         (torch.float32, 128, 128),
     ):
-        problem = f"{str(dtype).removeprefix('torch.')}, head dimension {head_dim}, pages of {page_size}"
-        refusal = why_not_hopper(capability, dtype, head_dim, page_size, block_size=128, query_block=128)
+        problem = f"{str(dtype).removeprefix('torch.')}, head dimension {head_dim}, query blocks of {query_block}"
+        refusal = why_not_hopper(capability, dtype, head_dim, query_block)
         kernels[problem] = "warp-specialised Hopper kernel" if refusal is None else f"general kernel ({refusal})"
     return kernels

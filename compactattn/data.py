@@ -251,6 +251,28 @@ def _page_strides(k: Tensor, v: Tensor, page_size: int) -> tuple[int, int, int, 
 
 
 @dataclass(frozen=True, eq=False)
+class GateKeys:
+    """The cached keys as `SeerGate` sees them: before RoPE, and pooled; part of a `KVSummary`.
+
+    Attributes:
+        pooled: float32 [num_pages, page_size // unit, Hkv, 3 * D]; per unit of the summary the largest, the smallest
+            and the mean of each dimension over its valid tokens, after RoPE is undone by position.
+        inv_freq: float32 [D / 2], the angle per position of each pair of dimensions (d, d + D / 2).
+        rope_scale: what RoPE multiplied cos and sin by.
+    """
+
+    pooled: Tensor
+    inv_freq: Tensor
+    rope_scale: float
+
+    def __post_init__(self) -> None:
+        check_tensor("gate.pooled", self.pooled, ndim=4, dtype=torch.float32)
+        check_tensor("gate.inv_freq", self.inv_freq, ndim=1, dtype=torch.float32)
+        check_same_device("gate.inv_freq", self.inv_freq, self.pooled.device)
+        check_shape("gate.inv_freq", self.inv_freq, (self.pooled.shape[-1] // 6,), "half the head dimension")
+
+
+@dataclass(frozen=True, eq=False)
 class KVSummary:
     """Means of the cached keys (and values), kept beside the cache and extended chunk by chunk.
 
@@ -259,11 +281,13 @@ class KVSummary:
             unit of a request over its valid tokens only.
         v_mean: the same of the values, or None.
         unit: tokens per mean, `min(page_size, block_size)`.
+        gate: what `SeerGate` needs of the keys, or None.
     """
 
     k_mean: Tensor
     v_mean: Tensor | None
     unit: int
+    gate: GateKeys | None = None
 
     def __post_init__(self) -> None:
         check_tensor("k_mean", self.k_mean, ndim=4, dtype=torch.float32)
@@ -272,6 +296,10 @@ class KVSummary:
             check_tensor("v_mean", self.v_mean, ndim=4, dtype=torch.float32)
             check_shape("v_mean", self.v_mean, tuple(self.k_mean.shape), "that of k_mean")
             check_same_device("v_mean", self.v_mean, self.k_mean.device)
+        if self.gate is not None:
+            check_same_device("gate.pooled", self.gate.pooled, self.k_mean.device)
+            *pages, dim = self.k_mean.shape
+            check_shape("gate.pooled", self.gate.pooled, (*pages, 3 * dim), "that of k_mean, thrice as wide")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compactattn.attention import attend
+from compactattn.attention import run_attention
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import resolve_backend
+from compactattn.dispatch import Backend, resolve_backend
 from compactattn.selection import select
-from compactattn.selectors import FlashPrefill, Selector, check_selector
-from compactattn.summary import summarize
+from compactattn.selectors import FlashPrefill, SeerGate, Selector, check_selector
+from compactattn.summary import refresh
 from compactattn.table import build_table
 from compactattn.union import span_blocks, unite
 from compactattn.validation import (
@@ -27,6 +27,7 @@ from compactattn.validation import (
     check_out,
     check_queries,
     check_summary,
+    fail,
     resolve_scale,
 )
 
@@ -41,6 +42,7 @@ def prefill(
     query_blocks_per_span: int | None = None,
     scale: float | None = None,
     summary: KVSummary | None = None,
+    correction: bool | KVSummary = False,
     return_lse: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -60,6 +62,8 @@ def prefill(
         query_blocks_per_span: adjacent query blocks that share a table; None is the whole chunk.
         scale: softmax scale, default D^-0.5.
         summary: key means kept beside the cache; brought up to date for this chunk first.
+        correction: let the past blocks that a row leaves out speak through their means, see `attend`. True needs a
+            summary with values; the summary itself means the same.
         return_lse: also return the log-sum-exp, natural log, float32 [T, Hq].
         out: where to write the result, [T, Hq, D].
         backend: None (by device), "triton" or "numba".
@@ -71,18 +75,20 @@ def prefill(
         ValueError: wrong shape, dtype, device or stride, or a backend that cannot run, before anything runs.
     """
     check_out(out, q)
-    table = select_table(
-        q,
-        kv,
-        batch,
-        selector=selector,
-        heads_per_group=heads_per_group,
-        query_blocks_per_span=query_blocks_per_span,
-        scale=scale,
-        summary=summary,
-        backend=backend,
-    )
-    return attend(q, kv, batch, table, scale=scale, return_lse=return_lse, out=out, backend=backend)
+    if isinstance(correction, KVSummary):
+        if summary is not None and summary is not correction:
+            raise fail("correction", "True, or the very summary that summary is", "another summary")
+        summary, correction = correction, True
+    if not isinstance(correction, bool):
+        raise fail("correction", "True, False or a KVSummary", repr(correction))
+    if correction:
+        if summary is None:
+            raise fail("summary", "a summary with values, for correction=True", "None")
+        check_selector(selector)
+        check_summary(summary, kv, selector.block_size, values=True)
+    chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
+    table = _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
+    return run_attention(q, kv, batch, table, scale, summary if correction else None, return_lse, out, chosen)
 
 
 def select_table(
@@ -98,29 +104,60 @@ def select_table(
     backend: str | None = None,
 ) -> BlockTable:
     """The first three stages of `prefill`, with its arguments: the block tables that it attends over."""
+    chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
+    return _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
+
+
+def _check_step(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    selector: Selector,
+    heads_per_group: int,
+    query_blocks_per_span: int | None,
+    scale: float | None,
+    summary: KVSummary | None,
+    backend: str | None,
+) -> tuple[Backend, float]:
+    """(backend, scale), after every check of a step's arguments."""
     check_selector(selector)
     check_queries(q, kv, batch)
     check_blocks(kv, selector.block_size)
     check_heads_per_group(heads_per_group, q.shape[1], q.shape[1] // kv.num_kv_heads)
+    if isinstance(selector, SeerGate):
+        selector.check_heads(q)
     if query_blocks_per_span is not None:
         check_int("query_blocks_per_span", query_blocks_per_span, 1)
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
-    chosen = resolve_backend(backend, q.device, q.dtype)
-    scale = resolve_scale(scale, q.shape[-1])
+    return resolve_backend(backend, q.device, q.dtype), resolve_scale(scale, q.shape[-1])
+
+
+def _table(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    selector: Selector,
+    heads_per_group: int,
+    query_blocks_per_span: int | None,
+    scale: float,
+    summary: KVSummary | None,
+    backend: Backend,
+) -> BlockTable:
+    """The table of a checked step; the summary is brought up to date first."""
     if summary is not None:
-        summarize(kv, batch, block_size=selector.block_size, summary=summary, backend=chosen)
+        refresh(kv, batch, summary, None, backend)
     if not isinstance(selector, FlashPrefill):
-        selection = select(q, kv, batch, selector, scale=scale, summary=summary, backend=chosen)
+        selection = select(q, kv, batch, selector, scale=scale, summary=summary, backend=backend)
         groups = unite(
             selection,
             batch,
             heads_per_group=heads_per_group,
             query_blocks_per_span=query_blocks_per_span,
-            backend=chosen,
+            backend=backend,
         )
-        return build_table(groups, backend=chosen)
-    if chosen == "triton":
+        return build_table(groups, backend=backend)
+    if backend == "triton":
         from compactattn._triton.scores import flash_prefill_scores
         from compactattn._triton.table import table_from_scores
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compactattn.data import KVSummary, PagedKV, PrefillBatch, SelectionMask
 from compactattn.dispatch import Backend, resolve_backend
-from compactattn.selectors import Dense, FlashPrefill, Selector, XAttention, check_selector
+from compactattn.selectors import Dense, FlashPrefill, SeerGate, Selector, XAttention, check_selector
 from compactattn.validation import check_blocks, check_queries, check_summary, resolve_scale
 
 
@@ -30,9 +30,10 @@ def select(
         q: [T, Hq, D], packed queries after RoPE, the cache's dtype; rows beyond `cu_seqlens_q[B]` are not read.
         kv: the paged cache, this step's keys included.
         batch: the lengths of the step.
-        selector: `FlashPrefill`, `XAttention`, `Oracle` or `Dense`.
+        selector: `FlashPrefill`, `XAttention`, `SeerGate`, `Oracle` or `Dense`.
         scale: softmax scale, default D^-0.5.
-        summary: key means to trust (`FlashPrefill` only); without one, what is needed is pooled on the spot.
+        summary: what to trust instead of the keys: its means for `FlashPrefill`, its gate keys for `SeerGate`;
+            without one, what is needed is pooled on the spot.
         backend: None (by device), "triton" or "numba".
 
     Returns:
@@ -44,6 +45,8 @@ def select(
     check_selector(selector)
     check_queries(q, kv, batch)
     check_blocks(kv, selector.block_size)
+    if isinstance(selector, SeerGate):
+        selector.check_heads(q)
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
     chosen = resolve_backend(backend, q.device, q.dtype)
@@ -122,6 +125,10 @@ def _wanted(
     if isinstance(selector, XAttention):
         mass = block_mass(q, kv, batch, selector, stride=selector.stride, scale=scale)
         return smallest_set(mass, rules, mass=selector.threshold)
+    if isinstance(selector, SeerGate):
+        from compactattn.seer_gate import probabilities
+
+        return probabilities(q, kv, batch, selector, summary, rules.visible, backend) > selector.threshold
     mass = block_mass(q, kv, batch, selector, stride=1, scale=scale)
     return smallest_set(mass, rules, mass=selector.mass, top_k=selector.top_k)
 

@@ -15,9 +15,23 @@ A block is visible to a query block if some of its rows sees at least one of the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from compactattn.validation import BLOCK_SIZES, QUERY_BLOCKS, check_choice, check_fraction, check_int, fail
+from torch import Tensor
+
+from compactattn.validation import (
+    BLOCK_SIZES,
+    DTYPES,
+    QUERY_BLOCKS,
+    check_choice,
+    check_fraction,
+    check_int,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    fail,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,60 @@ class Dense:
         _check_common(self)
 
 
-Selector = FlashPrefill | XAttention | Oracle | Dense
+@dataclass(frozen=True, eq=False)
+class SeerGate:
+    """A trained gate over pooled queries and keys (SeerAttention's AttnGate, `Qavg_Kmaxminavg`, arXiv 2410.13276).
+
+    RoPE is undone by position, in float32. Queries are averaged over the query block, keys are pooled over the KV
+    block to [max | min | mean], and each query head's linear layer maps those 3 D numbers to D. Both get RoPE at the
+    block's first position; p = softmax over the visible KV blocks of their products · D^-0.5, and block j is kept iff
+    p(i, j) > threshold. The attention's own `scale` plays no part.
+
+    Attributes:
+        weights: [Hq, 3 * D, D], float16, bfloat16 or float32, of one layer; see `load_seer_gates`.
+        inv_freq: [D / 2] floating point, as in transformers' `rotary_emb.inv_freq`; dimensions d and d + D / 2 turn
+            together. Positions count from the request's first token.
+        rope_scale: transformers' `rotary_emb.attention_scaling`.
+        threshold: from 0 to 1.
+    """
+
+    weights: Tensor
+    inv_freq: Tensor
+    rope_scale: float = 1.0
+    threshold: float = 5e-4
+    block_size: int = 64
+    query_block: int = 64
+    sink_blocks: int = 0
+    window_blocks: int = 0
+    dense_queries: int = 1
+    dense_keys: int = 0
+    dense_last_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        check_tensor("weights", self.weights, ndim=3)
+        if self.weights.dtype not in DTYPES:
+            raise fail("weights", "dtype float16, bfloat16 or float32", self.weights.dtype)
+        heads, _, dim = self.weights.shape
+        check_shape("weights", self.weights, (heads, 3 * dim, dim), "Hq, 3 D, D")
+        check_tensor("inv_freq", self.inv_freq, ndim=1)
+        if not self.inv_freq.dtype.is_floating_point:
+            raise fail("inv_freq", "a floating-point dtype", self.inv_freq.dtype)
+        check_shape("inv_freq", self.inv_freq, (dim // 2,), "half the head dimension of weights")
+        check_same_device("inv_freq", self.inv_freq, self.weights.device)
+        if isinstance(self.rope_scale, bool) or not isinstance(self.rope_scale, (int, float)):
+            raise fail("rope_scale", "a finite number above 0", repr(self.rope_scale))
+        if not 0 < self.rope_scale < math.inf:
+            raise fail("rope_scale", "a finite number above 0", repr(self.rope_scale))
+        check_fraction("threshold", self.threshold)
+        _check_common(self)
+
+    def check_heads(self, q: Tensor) -> None:
+        """Refuse queries [T, Hq, D] of other heads, another head dimension or another device than the gate's."""
+        check_shape("selector.weights", self.weights, (q.shape[1], 3 * q.shape[2], q.shape[2]), "Hq, 3 D, D of q")
+        check_same_device("selector.weights", self.weights, q.device)
+
+
+Selector = FlashPrefill | XAttention | Oracle | Dense | SeerGate
 
 
 def _check_common(selector: Selector) -> None:
@@ -125,4 +192,4 @@ def _check_common(selector: Selector) -> None:
 
 def check_selector(selector: object) -> None:
     if not isinstance(selector, Selector):
-        raise fail("selector", "FlashPrefill, XAttention, Oracle or Dense", repr(selector))
+        raise fail("selector", "FlashPrefill, XAttention, Oracle, SeerGate or Dense", repr(selector))

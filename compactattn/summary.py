@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compactattn.data import KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import resolve_backend
+from compactattn.data import GateKeys, KVSummary, PagedKV, PrefillBatch
+from compactattn.dispatch import Backend, resolve_backend
+from compactattn.selectors import SeerGate
 from compactattn.validation import (
     check_blocks,
     check_cache,
@@ -28,6 +29,7 @@ def summarize(
     values: bool = False,
     since: Tensor | int | None = None,
     summary: KVSummary | None = None,
+    gate: SeerGate | None = None,
     backend: str | None = None,
 ) -> KVSummary:
     """Average the cached keys (and values), or bring a summary up to date in place.
@@ -44,6 +46,7 @@ def summarize(
         since: int32 [B], or one int for all requests. Default: `past_lens` for a given summary, 0 (everything)
             for a new one.
         summary: the summary to extend; None allocates one, zero where no request has a token.
+        gate: pool the keys for this selector too (a new summary only; a given one decides by its own `gate`).
         backend: None, "triton" or "numba".
 
     Returns:
@@ -53,6 +56,11 @@ def summarize(
         ValueError: wrong shape, dtype, device or contradictory lengths, before anything runs.
     """
     check_readable(kv)
+    if gate is not None:
+        if not isinstance(gate, SeerGate):
+            raise fail("gate", "a SeerGate or None", type(gate).__name__)
+        check_shape("gate.inv_freq", gate.inv_freq, (kv.head_dim // 2,), "half the head dimension")
+        check_same_device("gate.inv_freq", gate.inv_freq, kv.k.device)
     check_cache(kv, batch, kv.k.device)
     check_blocks(kv, block_size)
     chosen = resolve_backend(backend, kv.k.device)
@@ -65,20 +73,41 @@ def summarize(
     elif since is not None:
         check_int("since", since, 0)
     if summary is None:
-        summary = _empty_summary(kv, block_size, values)
+        summary = _empty_summary(kv, block_size, values, gate)
         since = 0 if since is None else since
     else:
         check_summary(summary, kv, block_size, values=values)
-    if chosen == "triton":
+        if gate is not None and summary.gate is None:
+            raise fail("summary", "a summary with gate keys (summarize(..., gate=selector))", "gate=None")
+    refresh(kv, batch, summary, since, chosen)
+    return summary
+
+
+def refresh(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: Tensor | int | None, backend: Backend) -> None:
+    """Bring a summary up to date in place: `summarize` after its checks."""
+    if backend == "triton":
         from compactattn._triton.summary import update_summary
     else:
         from compactattn._numba.summary import update_summary
     update_summary(kv, batch, summary, since)
-    return summary
+    if summary.gate is not None:
+        if backend == "triton":
+            from compactattn._triton.gate import update_gate
+        else:
+            from compactattn._numba.gate import update_gate
+        update_gate(kv, batch, summary.gate, summary.unit, since)
 
 
-def _empty_summary(kv: PagedKV, block_size: int, values: bool) -> KVSummary:
+def _empty_summary(kv: PagedKV, block_size: int, values: bool, gate: SeerGate | None) -> KVSummary:
     unit = min(kv.page_size, block_size)
     shape = (kv.k.shape[0], kv.page_size // unit, kv.num_kv_heads, kv.head_dim)
     k_mean = torch.zeros(shape, dtype=torch.float32, device=kv.k.device)
-    return KVSummary(k_mean, torch.zeros_like(k_mean) if values else None, unit)
+    keys = None if gate is None else empty_gate_keys(kv, unit, gate)
+    return KVSummary(k_mean, torch.zeros_like(k_mean) if values else None, unit, keys)
+
+
+def empty_gate_keys(kv: PagedKV, unit: int, gate: SeerGate) -> GateKeys:
+    """Zeros for every unit of the cache, and the rotation that is to be undone."""
+    shape = (kv.k.shape[0], kv.page_size // unit, kv.num_kv_heads, 3 * kv.head_dim)
+    pooled = torch.zeros(shape, dtype=torch.float32, device=kv.k.device)
+    return GateKeys(pooled, gate.inv_freq.float().contiguous(), float(gate.rope_scale))

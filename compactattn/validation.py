@@ -114,21 +114,25 @@ def check_blocks(kv: PagedKV, block_size: int) -> None:
         raise fail("block_size", f"a divisor or a multiple of page_size {kv.page_size}", block_size)
 
 
-def check_summary(summary: KVSummary, kv: PagedKV, block_size: int, *, values: bool = False) -> None:
+def check_summary(
+    summary: KVSummary, kv: PagedKV, block_size: int, *, values: bool = False, name: str = "summary"
+) -> None:
     unit = min(kv.page_size, block_size)
     if summary.unit != unit:
-        raise fail("summary", f"unit {unit} = min(page_size, block_size)", summary.unit)
+        raise fail(name, f"unit {unit} = min(page_size, block_size)", summary.unit)
     pages, page_size, kv_heads, dim = kv.k.shape
     shape = (pages, page_size // unit, kv_heads, dim)
-    check_shape("summary.k_mean", summary.k_mean, shape, "num_pages, page_size // unit, Hkv, D")
-    check_same_device("summary.k_mean", summary.k_mean, kv.k.device)
+    check_shape(f"{name}.k_mean", summary.k_mean, shape, "num_pages, page_size // unit, Hkv, D")
+    check_same_device(f"{name}.k_mean", summary.k_mean, kv.k.device)
     if summary.v_mean is not None:
-        check_same_device("summary.v_mean", summary.v_mean, kv.k.device)
-    for name, means in (("summary.k_mean", summary.k_mean), ("summary.v_mean", summary.v_mean)):
+        check_same_device(f"{name}.v_mean", summary.v_mean, kv.k.device)
+    for part, means in (("k_mean", summary.k_mean), ("v_mean", summary.v_mean)):
         if means is not None and not means.is_contiguous():
-            raise fail(name, "a contiguous tensor", f"strides {means.stride()}")
+            raise fail(f"{name}.{part}", "a contiguous tensor", f"strides {means.stride()}")
+    if summary.gate is not None and not summary.gate.pooled.is_contiguous():
+        raise fail(f"{name}.gate.pooled", "a contiguous tensor", f"strides {summary.gate.pooled.stride()}")
     if values and summary.v_mean is None:
-        raise fail("summary", "a summary with values (summarize(..., values=True))", "v_mean=None")
+        raise fail(name, "a summary with values (summarize(..., values=True))", "v_mean=None")
 
 
 def check_grouping(

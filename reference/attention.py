@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from compactattn.data import BlockTable, PagedKV, PrefillBatch
-from reference.requests import requests, tokens
+from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
+from reference.requests import Request, requests, tokens
 
 
 def attend(
@@ -17,11 +17,15 @@ def attend(
     table: BlockTable,
     *,
     scale: float | None = None,
+    correction: KVSummary | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """out [T, Hq, D] in q's dtype, lse float32 (float64 for float64 inputs) [T, Hq], natural log.
 
     Computes in float32, in float64 for float64 inputs. A query with an empty table gets out 0 and lse -inf.
+
+    With a correction (a summary with values) each past block j that the row leaves out is one more key, its mean, of
+    weight n_j exp(scale q·kmean_j), and one more value, its mean; n_j is its number of tokens.
     """
     block_size, group = table.block_size, q.shape[1] // kv.k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -37,14 +41,30 @@ def attend(
                 blocks = table.indices[r, : int(table.counts[r])].long()
                 key = (blocks[:, None] * block_size + torch.arange(block_size, device=q.device)).flatten()
                 key = key[key <= position[-1]]  # nothing after the query block's last row is read
-                if len(key) == 0:
-                    continue
                 k = tokens(kv.k, kv, request, key)[:, h // group].to(dtype)
                 v = tokens(kv.v, kv, request, key)[:, h // group].to(dtype)
                 s = q[rows, h].to(dtype) @ k.T * scale
                 s = s.masked_fill(key > position[:, None], -math.inf)
+                if correction is not None:
+                    left_out = [j for j in range(request.past_blocks(block_size)) if j not in blocks.tolist()]
+                    k_mean = block_means(correction.k_mean, kv, request, left_out, block_size)[:, h // group]
+                    v_mean = block_means(correction.v_mean, kv, request, left_out, block_size)[:, h // group]
+                    s_mean = q[rows, h].to(dtype) @ k_mean.to(q.dtype).to(dtype).T * scale + math.log(block_size)
+                    s, v = torch.cat((s, s_mean), dim=1), torch.cat((v, v_mean.to(q.dtype).to(dtype)))
+                if s.shape[1] == 0:
+                    continue
                 row_lse = s.logsumexp(-1)
                 weights = (s - row_lse.clamp(min=torch.finfo(dtype).min)[:, None]).exp()
                 out[rows, h] = (weights @ v).to(q.dtype)
                 lse[rows, h] = row_lse
     return (out, lse) if return_lse else out
+
+
+def block_means(means: torch.Tensor, kv: PagedKV, request: Request, blocks: list[int], block_size: int) -> torch.Tensor:
+    """Means [n, Hkv, D] of complete blocks of a request, from the means [num_pages, units, Hkv, D] of their units."""
+    per_page = means.shape[1]
+    per_block = block_size * per_page // kv.k.shape[1]
+    units = torch.tensor([j * per_block + u for j in blocks for u in range(per_block)], dtype=torch.long)
+    units = units.to(kv.k.device)
+    chosen = means[kv.page_table[request.index].long()[units // per_page], units % per_page]
+    return chosen.view(len(blocks), per_block, *means.shape[2:]).mean(1)

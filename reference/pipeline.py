@@ -23,11 +23,18 @@ def prefill(
     query_blocks_per_span: int | None = None,
     scale: float | None = None,
     summary: KVSummary | None = None,
+    correction: bool | KVSummary = False,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """attend(q, kv, batch, build_table(unite(select(q, ...)))); a given summary is brought up to date first."""
+    """attend(q, kv, batch, build_table(unite(select(q, ...)))); a given summary is brought up to date first.
+
+    correction=True corrects with the summary; the summary itself means the same.
+    """
+    if isinstance(correction, KVSummary):
+        summary, correction = correction, True
     if summary is not None:
         summarize(kv, batch, block_size=selector.block_size, summary=summary)
     selection = select(q, kv, batch, selector, scale=scale, summary=summary)
     groups = unite(selection, batch, heads_per_group=heads_per_group, query_blocks_per_span=query_blocks_per_span)
-    return attend(q, kv, batch, build_table(groups), scale=scale, return_lse=return_lse)
+    means = summary if correction else None
+    return attend(q, kv, batch, build_table(groups), scale=scale, correction=means, return_lse=return_lse)

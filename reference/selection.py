@@ -7,7 +7,8 @@ import math
 import torch
 
 from compactattn.data import KVSummary, PagedKV, PrefillBatch, SelectionMask
-from compactattn.selectors import Dense, FlashPrefill, Oracle, Selector, XAttention
+from compactattn.selectors import Dense, FlashPrefill, Oracle, SeerGate, Selector, XAttention
+from reference.gate import gate_probabilities
 from reference.requests import Request, requests, tokens
 from reference.summary import summarize
 
@@ -29,6 +30,8 @@ def select(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(selector, FlashPrefill):
         scores = flash_prefill_scores(q, kv, batch, selector, scale=scale, summary=summary)
+    elif isinstance(selector, SeerGate):
+        scores = gate_probabilities(q, kv, batch, selector, summary=summary)
     elif isinstance(selector, (XAttention, Oracle)):
         scores = block_mass(q, kv, batch, selector, scale=scale)
     for request in requests(batch):
@@ -55,6 +58,8 @@ def _keep(scores: torch.Tensor, forced: torch.Tensor, selector: Selector) -> tor
         log_alpha = math.log(selector.alpha) if selector.alpha > 0 else -math.inf
         scored = scores > -math.inf
         return (scored & (scores >= scores.max() + log_alpha)) | forced
+    if isinstance(selector, SeerGate):
+        return (scores > selector.threshold) | forced
     if isinstance(selector, XAttention):
         return smallest_set(scores, forced, mass=selector.threshold)
     assert isinstance(selector, Oracle)

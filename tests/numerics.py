@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compactattn import BlockTable, FlashPrefill, Oracle, Selector, XAttention
+from compactattn import BlockTable, FlashPrefill, Oracle, SeerGate, Selector, XAttention
 from tests.strategies import Step, ceil_div
 
 ROUNDING = 2.0**-23
@@ -175,6 +175,8 @@ def decide(step: Step, selector: Selector, visible: Tensor, forced: Tensor, scal
                 continue
             if isinstance(selector, FlashPrefill):
                 kept, unsure = _threshold_rule(step, selector, b, h, span, scale)
+            elif isinstance(selector, SeerGate):
+                kept, unsure = _gate_rule(step, selector, b, h, span, blocks)
             else:
                 assert isinstance(selector, (XAttention, Oracle))
                 kept, unsure = _mass_rule(step, selector, b, h, span, scale, forced[b, i, :blocks].cpu())
@@ -217,6 +219,59 @@ def _threshold_rule(
     rivals = log_s - log_s[best] + error + error[best] >= 0
     unsure[best] &= int(rivals.sum()) > 1  # alone at the top, it is kept at any alpha up to 1
     return scored & (log_s >= threshold), unsure
+
+
+def unrotated(x: Tensor, position: Tensor, selector: SeerGate) -> tuple[Tensor, Tensor]:
+    """Rows [n, D] before RoPE in float64, and a bound on the float32 error of each number.
+
+    The angle is the float32 product that RoPE itself uses; cos and sin are off by at most two units of 2 ** -24, and
+    two products, their sum and the scaling round once each.
+    """
+    angle = (position.float()[:, None] * selector.inv_freq.float()).double()
+    low, high = x.double().chunk(2, dim=-1)
+    turned = low * angle.cos() + high * angle.sin(), high * angle.cos() - low * angle.sin()
+    error = 6 * ROUNDING * (low.abs() + high.abs()).repeat(1, 2)
+    return torch.cat(turned, dim=-1) / selector.rope_scale, error / selector.rope_scale
+
+
+def pooled_key(k: Tensor, position: Tensor, selector: SeerGate) -> tuple[Tensor, Tensor]:
+    """[max | min | mean] of keys [n, D] before RoPE, float64 [3 D], and its error bound."""
+    before, error = unrotated(k, position, selector)
+    mean_error = error.mean(0) + (len(k) + 8) * ROUNDING * before.abs().mean(0)
+    pooled = torch.cat((before.amax(0), before.amin(0), before.mean(0)))
+    return pooled, torch.cat((error.amax(0), error.amax(0), mean_error))
+
+
+def _gate_rule(step: Step, selector: SeerGate, b: int, h: int, span: slice, blocks: int) -> tuple[Tensor, Tensor]:
+    """SeerGate over the visible blocks of one request, for one head and query block."""
+    g, size = step.geometry, selector.block_size
+    first = g.past_lens[b] + span.start - g.starts[b]
+    rows, error = unrotated(step.q[span, h].cpu(), first + torch.arange(span.stop - span.start), selector)
+    query_error = error.mean(0) + (len(rows) + 8) * ROUNDING * rows.abs().mean(0)
+    query, query_error = _rotated(rows.mean(0), query_error, first, selector)
+    weights = selector.weights[h].double().cpu()
+    logit, logit_error = torch.zeros(blocks, dtype=torch.float64), torch.zeros(blocks, dtype=torch.float64)
+    for j in range(blocks):
+        position = torch.arange(j * size, min((j + 1) * size, g.seq_lens[b]))
+        pooled, error = pooled_key(step.keys[b][position, h // g.group].cpu(), position, selector)
+        key, key_error = pooled @ weights, (error + (3 * g.dim + 2) * ROUNDING * pooled.abs()) @ weights.abs()
+        key, key_error = _rotated(key, key_error, j * size, selector)
+        logit[j] = query @ key * g.dim**-0.5
+        product = query_error @ (key.abs() + key_error) + query.abs() @ key_error
+        product = product + (g.dim + 4) * ROUNDING * (query.abs() @ key.abs())
+        logit_error[j] = product * g.dim**-0.5
+    probability = logit.softmax(0)
+    relative = (2 * logit_error.max() + (blocks + 20 + 2 * (logit.max() - logit)) * ROUNDING).expm1()
+    return probability > selector.threshold, (probability - selector.threshold).abs() <= probability * relative + 1e-30
+
+
+def _rotated(x: Tensor, error: Tensor, position: int, selector: SeerGate) -> tuple[Tensor, Tensor]:
+    """RoPE of a float64 vector [D] at a position, and what becomes of its error."""
+    angle = (torch.tensor(float(position)) * selector.inv_freq.float()).double()
+    (low, high), (low_error, high_error) = x.chunk(2), error.chunk(2)
+    turned = low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()
+    off = low_error + high_error + 6 * ROUNDING * (low.abs() + high.abs())
+    return torch.cat(turned) * selector.rope_scale, off.repeat(2) * selector.rope_scale
 
 
 def _mass_rule(
@@ -280,3 +335,15 @@ def block_mass(
 
 def pad_to(rows: Tensor, stride: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % stride))
+
+
+# ---- whole models ----
+
+
+def assert_as_close(got: Tensor, plain: list[Tensor], exact: Tensor, where: str) -> None:
+    """The budget of SPEC 3.3 for any result: `plain` are plain results in the input dtype, `exact` in float64."""
+    assert got.shape == exact.shape
+    worst = max(float((p.double() - exact).abs().max()) for p in plain)
+    error = float((got.double() - exact).abs().nan_to_num(math.inf, math.inf).max())
+    budget = 2 * worst + torch.finfo(plain[0].dtype).eps * float(exact.abs().max())
+    assert error <= budget, f"error {error:.3e}, budget {budget:.3e}, {where}"

@@ -14,7 +14,17 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compactattn import BlockTable, Dense, FlashPrefill, Oracle, PagedKV, PrefillBatch, SelectionMask, XAttention
+from compactattn import (
+    BlockTable,
+    Dense,
+    FlashPrefill,
+    Oracle,
+    PagedKV,
+    PrefillBatch,
+    SeerGate,
+    SelectionMask,
+    XAttention,
+)
 
 T = TypeVar("T")
 
@@ -370,6 +380,24 @@ def common_rules(draw: st.DrawFn, g: Geometry) -> dict[str, int]:
         "dense_keys": draw(st.sampled_from((0, 0, 150))),
         "dense_last_blocks": draw(st.sampled_from((0, 1, 2))) if g.prompt_lens else 0,
     }
+
+
+def gate_weights(heads: int, dim: int, seed: int) -> Tensor:
+    """Random weights [Hq, 3 D, D] of SeerGate under which probabilities differ by orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((heads, 3 * dim, dim), generator=generator) * (0.5 / dim)
+
+
+@st.composite
+def seer_gate(draw: st.DrawFn, g: Geometry, device: str = "cpu") -> SeerGate:
+    frequencies = draw(st.sampled_from((100.0, 10_000.0, 500_000.0))) ** -torch.linspace(0, 1, g.dim // 2)
+    return SeerGate(
+        gate_weights(g.heads, g.dim, g.seed).to(device),
+        frequencies.to(device),
+        rope_scale=draw(st.sampled_from((1.0, 1.0, 1.25))),
+        threshold=draw(st.sampled_from((0.0, 5e-4, 0.02, 0.1, 0.3))),
+        **draw(common_rules(g)),
+    )
 
 
 KINDS = ("flash", "flash", "flash", "xattention", "mass", "top_k", "dense")

@@ -1,25 +1,21 @@
-"""The benchmarks: their counts by hand, their workloads' calibration, their gate, and the way from JSON to a report."""
+"""The benchmarks: their counts by hand, their workloads' calibration, their gate and their baselines."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import baselines, gate, latency
-from benchmarks.__main__ import main
+from benchmarks import baselines, contestants, flashinfer_peer, gate, latency
 from benchmarks.cases import (
+    AUTO,
     FINEST,
-    PAPER,
+    KINDS,
     Case,
-    Grouping,
-    Preset,
     Shape,
     dense_bytes,
     dense_flops,
@@ -29,20 +25,28 @@ from benchmarks.cases import (
     table_flops,
     table_mask,
 )
-from benchmarks.contestants import Contestant, Field, ragged_batch, step_field
-from benchmarks.report import green_rows, load, markdown, write_report
-from benchmarks.tables import LENGTHS, controlled_table
+from benchmarks.contestants import Contestant, Field, ceilings, step_field
+from benchmarks.measure import failed, measure
+from benchmarks.prompts import places
+from benchmarks.records import green_rows
 from benchmarks.timing import summarize_times
 from benchmarks.workloads import (
     SELECTOR,
     WORKLOADS,
     Step,
-    draw_pattern,
     make_step,
-    measure_density,
-    prompt_density,
 )
-from compactattn import BlockTable, PrefillBatch, check, select, select_table
+from compactattn import (
+    BlockTable,
+    Dense,
+    PagedKV,
+    PrefillBatch,
+    build_table,
+    prefill,
+    select,
+    select_table,
+    unite,
+)
 from compactattn.selection import block_rules
 
 GROUP = Shape(1, 4, 1)
@@ -78,13 +82,25 @@ def test_h200_preset_covers_the_sweep_and_starts_with_the_goal() -> None:
         (case.context // 1024, case.chunk, case.shape.batch) for case in cases if case.kind == "step" and case.peers
     }
     assert swept == {(c, q, b) for c in (8, 16, 32, 64, 128, 256) for q in (512, 1024, 2048, 4096) for b in (1, 8)}
-    assert {case.kind for case in cases} == {"step", "tables", "layouts", "prompt"}
+    assert {case.kind for case in cases} == set(KINDS)
 
 
 def test_matching_takes_parts_and_patterns() -> None:
     cases = preset("h200").cases
     assert {case.kind for case in matching(cases, "tables,prompt-*")} == {"tables", "prompt"}
     assert matching(cases, None) == cases
+    assert {case.kind for case in matching(cases, "128K", "host,prompt")} == {"host", "prompt"}
+    with pytest.raises(ValueError, match=r"expected some of step, tables, .*, got 'steps'"):
+        matching(cases, None, "steps")
+
+
+def test_prompts_of_all_lengths_share_their_chunks() -> None:
+    cases = matching(preset("h200").cases, "B8", "prompt")
+    measured = [n for case in cases for n in places(case)[0]]
+    assert measured == [*range(128), *range(130, 256, 4)]
+    assert [places(case)[1] for case in cases] == [1, 1, 1, 4]
+    chosen, stands_for = places(replace(cases[1], stride=8))
+    assert (chosen, stands_for) == ([36, 44, 52, 60], 8)
 
 
 def by_hand(past: int, lists: list[list[int]]) -> tuple[BlockTable, PrefillBatch]:
@@ -116,85 +132,6 @@ def test_useful_flops_of_an_unaligned_past_count_its_last_tokens() -> None:
 def test_percentiles_interpolate() -> None:
     timing = summarize_times([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
     assert (timing.p20_ms, timing.p50_ms, timing.p80_ms, timing.runs) == (2.0, 3.5, 5.0, 6)
-
-
-# ---- workloads ----
-
-
-def test_calibration_at_32k() -> None:
-    """Average over a prompt: within a tenth of the published 17.8 %, about 23 blocks per query block."""
-    density = prompt_density(VERTICAL_SLASH, GROUP, 32 * 1024, 1024, stride=8)
-    assert density.mask_density == pytest.approx(0.178, rel=0.1)
-    assert density.blocks_per_query_block == pytest.approx(23, rel=0.1)
-
-
-def test_selection_is_what_was_planted() -> None:
-    context, chunk = 16384, 512
-    step = make_step(VERTICAL_SLASH, GROUP, context, chunk, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(context * 31 + chunk)
-    pattern = draw_pattern(VERTICAL_SLASH, GROUP, context, chunk, 0.9, generator)
-    wanted = pattern.vertical[0, 0] >= VERTICAL_SLASH.score - VERTICAL_SLASH.spread
-    missed = (pattern.vertical[0, 0] > 0) & ~wanted
-    mask = select(step.q, step.kv, step.batch, SELECTOR).mask[0]
-    taken = mask & wanted[:, None]
-    assert int(taken.sum()) >= 0.97 * int(wanted.sum()) * mask.shape[1]
-    assert int((mask & missed[:, None])[..., 2 : step.past // 128 - 3].sum()) == 0
-
-
-def test_union_growth_falls_with_correlation() -> None:
-    growth = []
-    for correlation in (0.0, 0.5, 1.0):
-        step = make_step(VERTICAL_SLASH, GROUP, 16384, 512, correlation=correlation, dtype=torch.float32)
-        growth.append(measure_density(step, PAPER).growth()["group_union"])
-    assert growth[0] > growth[1] > growth[2] > 1
-
-
-def test_budgets_are_nested_at_full_correlation() -> None:
-    pattern = draw_pattern(VERTICAL_SLASH, GROUP, 32768, 1024, 1.0, torch.Generator().manual_seed(0))
-    wanted = pattern.vertical[0, 0] >= VERTICAL_SLASH.score - VERTICAL_SLASH.spread
-    by_size = sorted(wanted, key=lambda head: int(head.sum()))
-    assert [int(head.sum()) for head in by_size] == sorted(VERTICAL_SLASH.verticals)
-    assert all(bool((larger | ~smaller).all()) for smaller, larger in pairwise(by_size))
-
-
-def test_pages_are_permuted_and_hold_the_dense_copies(step: Step) -> None:
-    assert step.kv.page_table.flatten().tolist() != sorted(step.kv.page_table.flatten().tolist())
-    assert step.k is not None
-    for b in range(2):
-        paged = step.kv.k[step.kv.page_table[b].long()].flatten(0, 1)[: step.context]
-        assert torch.equal(paged, step.k[b, :, : step.context].transpose(0, 1))
-
-
-def test_steps_are_seeded() -> None:
-    first, again, other = small_step(), small_step(), small_step(seed=1)
-    assert torch.equal(first.q, again.q)
-    assert torch.equal(first.kv.k, again.kv.k)
-    assert not torch.equal(first.kv.page_table, other.kv.page_table)
-
-
-@pytest.mark.parametrize("grouping", [FINEST, PAPER, Grouping(2, 2)], ids=str)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: lengths.name)
-def test_controlled_tables(grouping: Grouping, lengths: Any) -> None:
-    step = make_step(WORKLOADS["noise"], Shape(2, 8, 2, 64), 16384, 512, dtype=torch.float32)
-    table = controlled_table(step.batch, 8, grouping, lengths)
-    check(step.kv, step.batch, table)
-    past = table_mask(table)[:, : step.past // 128].sum(1)
-    if lengths.spread == "one dense":
-        assert int(past.max()) == step.past // 128
-        assert int(past.median()) == round(lengths.density * step.past // 128)
-    else:
-        assert float(past.float().mean()) == pytest.approx(lengths.density * step.past / 128, rel=0.12)
-    if lengths.spread == "uneven" and len(past) > 16:
-        assert float(past.max() / past.float().mean()) == pytest.approx(3, rel=0.15)
-
-
-def test_controlled_tables_of_ragged_lengths() -> None:
-    case = Case("layouts", Shape(8, 4, 1, 64), 4096, 512, "noise")
-    step = make_step(WORKLOADS["noise"], case.shape, case.context, case.chunk, dtype=torch.float32)
-    ragged = ragged_batch(case, torch.device("cpu"))
-    assert len(set(ragged.q_lens.tolist())) > 4
-    for grouping in (FINEST, PAPER):
-        check(step.kv, ragged, controlled_table(ragged, 4, grouping, LENGTHS[2]))
 
 
 # ---- gate ----
@@ -253,6 +190,38 @@ def test_gate_compares_tables_and_masks_exactly(step: Step) -> None:
     assert not gate.check_selection(selection, step.q, step.kv, step.batch, SELECTOR, forced).passed
 
 
+def test_union_by_rows_is_the_union_in_fixed_order(step: Step) -> None:
+    selection = select(step.q, step.kv, step.batch, SELECTOR)
+    for heads, span in ((1, 1), (4, None), (2, 2)):
+        table = build_table(unite(selection, step.batch, heads_per_group=heads, query_blocks_per_span=span))
+        by_rows = gate.united_rows(selection, step.batch, table.rows, len(table.counts))
+        assert torch.equal(by_rows, gate.united(selection, step.batch, heads, span))
+        assert gate.check_table(table, by_rows).passed
+
+
+def test_union_of_ragged_requests_asks_nothing_for_missing_query_blocks(step: Step) -> None:
+    batch = PrefillBatch.from_lens([384, 130], [2048, 1777])
+    q = step.q[:514]
+    selection = select(q, step.kv, batch, SELECTOR)
+    table = build_table(unite(selection, batch, heads_per_group=1, query_blocks_per_span=1))
+    assert gate.check_table(table, gate.united(selection, batch, 1, 1)).passed
+
+
+def test_product_gate() -> None:
+    a, b = torch.randn(2, 64, 128), torch.randn(2, 128, 96)
+    verdict = gate.product_check(a, b)
+    assert verdict(a @ b).passed
+    assert not verdict((a @ b) * 1.001).passed
+    assert not verdict(torch.full((2, 64, 96), math.nan)).passed
+    for one in ceilings(torch.device("cpu")):
+        assert one.check(one.run()).passed
+        one.spoil()
+        copied = one.run()
+        assert isinstance(copied, torch.Tensor)
+        copied[-1, -1] += 1
+        assert one.name == "matmul" or not one.check(copied).passed
+
+
 def test_a_red_gate_is_reported_and_not_timed() -> None:
     def contestant(name: str, passed: bool) -> Contestant:
         return Contestant(name, "dense", lambda: None, lambda _: gate.Verdict(passed, 0.0, 64, "a test"))
@@ -263,12 +232,12 @@ def test_a_red_gate_is_reported_and_not_timed() -> None:
     lineup = Field([contestant("green", True), contestant("red", False), replace(contestant("big", True), run=broken)])
     lineup.contestants.append(replace(contestant("ours", True), run=broken, family="library"))
     lineup.contestants.append(replace(contestant("unreadable", True), check=lambda result: result.shape))
-    rows, absent = latency.measure(lineup, 0.0, "cpu")
+    rows, absent = measure(lineup, 0.0, "cpu")
     timed = {"green": True, "red": False, "ours": False, "unreadable": False}
     assert {row["name"]: bool(row["times"]) for row in rows} == timed
     assert absent == {"big": "out of GPU memory"}
     record = {"name": "case", "status": "ok", "rows": rows}
-    assert latency.failed(record)
+    assert failed(record)
     assert [row["name"] for row in green_rows(record)] == ["green"]
 
 
@@ -306,95 +275,84 @@ def test_merge_kernel_is_the_plain_merge() -> None:
     )
 
 
+def test_fused_cpu_attention_of_grouped_heads_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, (k, v) = torch.randn(2, 6, 40, 64), (torch.randn(2, 2, 96, 64)[:, :, 8:88] for _ in "kv")
+    plain = torch.nn.functional.scaled_dot_product_attention(q, *(x.repeat_interleave(3, 1) for x in (k, v)))
+    out, lse = baselines.fused_cpu(q, k, v, False)
+    torch.testing.assert_close(out, plain)
+    scores = q @ k.repeat_interleave(3, 1).transpose(-1, -2) / 8
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    given: list[torch.Tensor] = []
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        given.extend((k, v))
+        return torch.zeros_like(q), torch.zeros(q.shape[:3])
+
+    fake = SimpleNamespace(aten=SimpleNamespace(_scaled_dot_product_flash_attention_for_cpu=spy))
+    monkeypatch.setattr(torch, "ops", fake)
+    baselines.fused_cpu(q, k, v, False)
+    assert [x.data_ptr() for x in given] == [k.data_ptr(), v.data_ptr()]
+
+
+def test_flashinfer_is_planned_over_the_pages(step: Step) -> None:
+    class Wrapper:
+        """FlashInfer's wrapper as its documentation has it, computed by hand."""
+
+        def __init__(self, workspace: torch.Tensor, layout: str) -> None:
+            assert layout == "NHD"
+
+        def plan(self, *arguments: Any, causal: bool, **dtypes: Any) -> None:
+            self.arguments, self.causal = arguments, causal
+
+        def run(self, q: torch.Tensor, paged: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            starts, offsets, pages, filled, heads, kv_heads, dim, page_size = self.arguments
+            assert self.causal
+            assert (heads, kv_heads, dim) == (4, 1, 64)
+            lens = (offsets.diff() - 1) * page_size + filled
+            table = torch.stack(pages.split(offsets.diff().tolist()))
+            batch = PrefillBatch(starts, lens, int(starts.diff().max()), int(lens.max()))
+            return prefill(q, PagedKV(*paged, table), batch, selector=Dense(), heads_per_group=4)
+
+    run = flashinfer_peer.planned(SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Wrapper), step)
+    exact = gate.reference_rows(step.q, step.kv, step.batch, gate.sample_rows(step.batch))
+    assert exact.check(run(), 8.0).passed
+
+
 @pytest.mark.gpu
 def test_every_baseline_runs_green_on_a_gpu() -> None:
     quick = replace(preset("smoke"), timing_seconds=0.01)
     record = latency.measured_case(quick.cases[0], quick, "cuda")
     assert record["status"] == "ok", record
-    assert record["did_not_run"] == {}
-    assert not latency.failed(record)
+    assert set(record["did_not_run"]) <= {"FlashInfer, dense paged"}
+    assert not failed(record)
     assert all("graph" in row["times"] for row in record["rows"] if row["name"] != "QUOKA")
 
 
 def test_what_cannot_run_says_why(step: Step) -> None:
     lineup = step_field(Case("step", step.shape, step.context, step.chunk), step)
-    assert set(lineup.absent) == {"dense cuDNN", "dense FlashAttention-2", "FlexAttention"}
+    assert set(lineup.absent) == {"dense cuDNN", "dense FlashAttention-2", "FlexAttention", "FlashInfer, dense paged"}
     assert all("CUDA" in why for why in lineup.absent.values())
 
 
-# ---- runs and reports ----
+def test_groups_that_the_library_chooses_join_by_name(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a library that takes "auto", the gate follows the rows that its table has."""
 
-QUICK = Preset("cpu", (), 0.01, 60.0)
+    def choosing(function: Any) -> Any:
+        def call(*arguments: Any, heads_per_group: Any, query_blocks_per_span: Any, **others: Any) -> Any:
+            if heads_per_group == "auto":
+                heads_per_group, query_blocks_per_span = 2, 1
+            how = {"heads_per_group": heads_per_group, "query_blocks_per_span": query_blocks_per_span}
+            return function(*arguments, **how, **others)
 
+        return call
 
-@pytest.mark.parametrize("kind", ["step", "tables", "layouts", "prompt"])
-def test_every_kind_of_h200_case_runs_green_in_small(kind: str) -> None:
-    case = next(case for case in preset("h200").cases if case.kind == kind and case.shape.batch == 8)
-    record = latency.measured_case(latency.shrunk(case, 64), QUICK, "cpu")
-    assert record["status"] == "ok", record
-    assert not latency.failed(record)
-    rows = record["chunks"][0]["rows"] if kind == "prompt" else record["rows"]
-    assert all(row["times"]["plain"]["runs"] >= 3 for row in rows)
-
-
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run of three small cases leaves behind."""
-    out = tmp_path_factory.mktemp("results")
-    patterns = "step-8K-q256-B1-Hq4-Hkv1-vertical-slash-c0.9,step-8K-*-c0,tables-8K-*,prompt-8K-*"
-    options = latency.Options("cpu", out, cases=patterns, shrink=4, timing_seconds=0.01)
-    assert latency.run(options) == 0
-    return out / "latency-cpu.json"
-
-
-def test_a_result_has_what_it_must(result: Path) -> None:
-    found = load(result)
-    assert found["environment"]["torch"] == torch.__version__
-    assert all(record["status"] == "ok" for record in found["cases"])
-    row = next(row for row in found["cases"][0]["rows"] if row["name"] == "prefill 1x1")
-    assert row["gate"]["passed"]
-    assert row["gate"]["rows"] >= 64
-    assert set(row["times"]["plain"]) == {"p20_ms", "p50_ms", "p80_ms", "runs"}
-    assert row["flops"] > 0 < row["bytes"]
-    assert found["cases"][0]["density"]["4xchunk"]["scope"] == "one chunk"
-    assert list(result.parent.iterdir()) == [result]
-
-
-def test_json_becomes_a_report(result: Path, tmp_path: Path) -> None:
-    text, picture = write_report(result, tmp_path)
-    assert picture.read_bytes()[:4] == b"\x89PNG"
-    words = text.read_text()
-    for expected in (
-        "attend alone, controlled tables",
-        "Whole prompts",
-        "FlexAttention did not run",
-        "prefill 4xchunk",
-    ):
-        assert expected in words
-    assert "RED" not in words
-    assert markdown(json.loads(json.dumps(load(result))), picture.name) == words
-
-
-def test_a_spent_budget_is_reported(tmp_path: Path) -> None:
-    assert latency.run(latency.Options("cpu", tmp_path, cases="tables", budget_seconds=-1.0)) == 0
-    (record,) = load(tmp_path / "latency-cpu.json")["cases"]
-    assert record["status"] == "not run"
-    assert "budget" in markdown(load(tmp_path / "latency-cpu.json"), "x.png")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["latency", "--preset", "a100"], "expected h200, smoke or cpu, got 'a100'"),
-        (["latency", "--preset", "cpu", "--cases", "nothing"], "got no match"),
-        (["report", "/nowhere.json"], "got no file"),
-        pytest.param(
-            ["latency", "--preset", "h200"],
-            "expected a CUDA device",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
-        ),
-    ],
-)
-def test_errors_of_use_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+    monkeypatch.setattr(contestants, "select_table", choosing(select_table))
+    monkeypatch.setattr(contestants, "prefill", choosing(prefill))
+    case = Case("step", step.shape, step.context, step.chunk, groupings=(FINEST, AUTO), peers=False)
+    lineup = step_field(case, step)
+    names = [one.name for one in lineup.contestants]
+    assert {"select_table auto", "attend auto", "prefill auto"} <= set(names)
+    assert "unite auto" not in names
+    assert all(one.check(one.run()).passed for one in lineup.contestants if one.grouping == "auto")
+    cascade = lineup.measured["auto"].cascade
+    assert cascade.mask < cascade.sub_group_union < cascade.group_union

@@ -213,8 +213,8 @@ def test_info_says_which_attention_kernel_a_gpu_runs_and_why(monkeypatch):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     hopper, ampere = cli._triton_attention((9, 0)), cli._triton_attention((8, 0))
-    assert hopper["bfloat16, head dimension 128, pages of 128"] == "warp-specialised Hopper kernel"
-    assert "general kernel (query blocks" in hopper["bfloat16, head dimension 128, pages of 16"]
+    assert hopper["bfloat16, head dimension 128, query blocks of 128"] == "warp-specialised Hopper kernel"
+    assert "general kernel (query blocks" in hopper["bfloat16, head dimension 128, query blocks of 64"]
     assert all(kernel == "general kernel (compute capability 8.0, not 9.0)" for kernel in ampere.values())
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from compactattn._numba.pages import gather, in_units, locate_units
+from compactattn._numba.summary import block_means
 from compactattn._numba.threads import run_each
-from compactattn.data import BlockTable, PagedKV, PrefillBatch
+from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 
 _SCORE_ELEMENTS = 1 << 18  # of one tile times one run of keys: 1 MiB in float32, which a core's own cache holds
 _MIN_KEYS, _MAX_KEYS = 512, 4096  # gathered at a time
@@ -30,6 +31,8 @@ class _Row:
         blocks: int64 [count], ascending KV block ids.
         run: blocks gathered at a time; the same for all tiles of the row, so that they round alike however they are
             dealt out.
+        left_out: means [n, D] of keys and of values of the n past blocks that the row does not name, rounded to the
+            cache's dtype, float32; None without a correction.
     """
 
     kv: PagedKV
@@ -38,6 +41,7 @@ class _Row:
     blocks: np.ndarray
     block_size: int
     run: int
+    left_out: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,17 @@ class _Running:
         self.total = torch.zeros_like(self.top)
         self.values = torch.zeros_like(self.queries)
 
-    def add(self, keys: Tensor, values: Tensor, positions: Tensor, buffer: Tensor) -> None:
-        """Attend to keys [n, D] at ascending int64 `positions` [n], of which the tile's last row sees all."""
+    def add(self, keys: Tensor, values: Tensor, positions: Tensor, buffer: Tensor, tokens: int = 1) -> None:
+        """Attend to keys [n, D] at ascending int64 `positions` [n], of which the tile's last row sees all.
+
+        Each key stands for so many `tokens`.
+        """
         scores = buffer[: len(self.queries) * len(keys)].view(len(self.queries), len(keys))
         for d in range(0, keys.shape[1], _SUMMED_DIMS):
             part = slice(d, d + _SUMMED_DIMS)
             torch.addmm(scores, self.queries[:, part], keys[:, part].T, beta=min(d, 1), alpha=self.scale, out=scores)
+        if tokens > 1:
+            scores += math.log2(tokens)
         self._hide_later_keys(scores, positions)
         top = torch.maximum(self.top, scores.amax(1, keepdim=True))
         shrink = self.top.sub_(top).exp2_()
@@ -110,7 +119,14 @@ class _Running:
 
 
 def attend(
-    q: Tensor, kv: PagedKV, batch: PrefillBatch, table: BlockTable, scale: float, out: Tensor, lse: Tensor | None
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+    correction: KVSummary | None = None,
 ) -> None:
     """Write softmax attention of each query over the visible tokens of its row's blocks to `out` and `lse`.
 
@@ -122,17 +138,53 @@ def attend(
         q: [T, Hq, D], any strides with a contiguous last dimension.
         out: [T, Hq, D], q's dtype; rows at or beyond `cu_seqlens_q[B]` are not touched.
         lse: float32 [T, Hq], natural log, or None.
+        correction: means of the past blocks that a row leaves out, or None.
     """
+    past_blocks = (batch.past_lens // table.block_size).tolist()
     rows_at_a_time = min(_MAX_ROWS, q.shape[0] * q.shape[1] // (4 * torch.get_num_threads()))
     tasks = []
     for request, kv_head, row, tiles in _tiles_by_table_row(batch, table, q.shape[1], kv.num_kv_heads):
         blocks = table.indices[row, : int(table.counts[row])].numpy().astype(np.int64)
         keys_at_a_time = _SCORE_ELEMENTS // max(tile.rows for tile in tiles)
         run = max(1, min(max(keys_at_a_time, _MIN_KEYS), _MAX_KEYS) // table.block_size)
-        where = _Row(kv, request, kv_head, blocks, table.block_size, run)
+        left_out = None
+        if correction is not None:
+            past = past_blocks[request]
+            left_out = _left_out(kv, request, kv_head, past, blocks, table.block_size, correction)
+        where = _Row(kv, request, kv_head, blocks, table.block_size, run, left_out)
         for part in _parts(tiles, rows_at_a_time):
             tasks.append(functools.partial(_attend_tiles, where, part, q, scale, out, lse))
     run_each(tasks)
+
+
+def attend_corrected(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    scale: float,
+    summary: KVSummary,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """`attend`, where every complete past block that a row leaves out is one more key and value: its means."""
+    attend(q, kv, batch, table, scale, out, lse, summary)
+
+
+def _left_out(
+    kv: PagedKV, request: int, kv_head: int, past: int, blocks: np.ndarray, block_size: int, summary: KVSummary
+) -> tuple[Tensor, Tensor]:
+    """Means [n, D] of the past blocks that are not among `blocks`, rounded to the cache's dtype, as float32."""
+    assert summary.v_mean is not None
+    absent = torch.from_numpy(np.setdiff1d(np.arange(past), blocks))
+    per_block = block_size // summary.unit
+    units = (absent[:, None] * per_block + torch.arange(per_block)).flatten()
+    places = locate_units(kv, request, units, summary.unit)
+    keys, values = (
+        block_means(means[places.pages, places.slots, kv_head][:, None], per_block)[:, 0].to(kv.k.dtype).float()
+        for means in (summary.k_mean, summary.v_mean)
+    )
+    return keys, values
 
 
 def _tiles_by_table_row(
@@ -174,7 +226,10 @@ def _attend_tiles(row: _Row, tiles: list[_Tile], q: Tensor, scale: float, out: T
     horizon = max(tile.last for tile in tiles)
     blocks = torch.from_numpy(row.blocks[row.blocks * block_size <= horizon])
     running = [_Running(tile, q, scale) for tile in tiles]
-    buffer = torch.empty(max(tile.rows for tile in tiles) * min(row.run, len(blocks)) * block_size, dtype=torch.float32)
+    keys_at_a_time = min(row.run, len(blocks)) * block_size
+    if row.left_out is not None:
+        keys_at_a_time = max(keys_at_a_time, min(row.run * block_size, len(row.left_out[0])))
+    buffer = torch.empty(max(tile.rows for tile in tiles) * keys_at_a_time, dtype=torch.float32)
     unit = min(kv.page_size, block_size)
     units_in_block = torch.arange(block_size // unit)
     k, v = in_units(kv.k[:, :, row.kv_head], unit), in_units(kv.v[:, :, row.kv_head], unit)
@@ -188,5 +243,11 @@ def _attend_tiles(row: _Row, tiles: list[_Tile], q: Tensor, scale: float, out: T
             seen = int(torch.searchsorted(positions, state.tile.last, right=True))
             if seen:
                 state.add(keys[:seen], values[:seen], positions[:seen], buffer)
+    if row.left_out is not None:
+        for keys, values in zip(*(means.split(row.run * block_size) for means in row.left_out), strict=True):
+            everywhere = torch.zeros(len(keys), dtype=torch.int64)  # before any query
+            for state in running:
+                if len(keys):
+                    state.add(keys, values, everywhere, buffer, tokens=block_size)
     for state in running:
         state.write(out, lse)

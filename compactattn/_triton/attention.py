@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from compactattn._triton import INTERPRETED, on_device
+from compactattn._triton.launch import launch
 from compactattn._triton.union import request_lens
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
 
@@ -427,11 +428,11 @@ def attend_tuning(
     return AttendTuning(query_block, tile, descriptor=True, num_warps=num_warps, num_stages=2)
 
 
-def _tma_strides(kv: PagedKV) -> bool:
-    """Can a tensor descriptor describe K and V? Strides and addresses in multiples of 16 bytes."""
+def _tma_strides(*tensors: Tensor) -> bool:
+    """Can tensor descriptors describe these? Strides and addresses in multiples of 16 bytes."""
     return all(
-        tensor.data_ptr() % 16 == 0 and all(s * tensor.element_size() % 16 == 0 for s in tensor.stride()[:3])
-        for tensor in (kv.k, kv.v)
+        tensor.data_ptr() % 16 == 0 and all(s * tensor.element_size() % 16 == 0 for s in tensor.stride()[:-1])
+        for tensor in tensors
     )
 
 
@@ -439,13 +440,11 @@ def _tma_strides(kv: PagedKV) -> bool:
 GLUON_VERSIONS = ((3, 6),)
 
 
-def why_not_hopper(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, page_size: int, block_size: int, query_block: int
-) -> str | None:
+def why_not_hopper(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, query_block: int) -> str | None:
     """Why the warp-specialised Hopper kernel does not run this problem, or None if it does.
 
     The rule: compute capability 9.0, Triton 3.6, float16 or bfloat16, head dimension 64 or 128, query blocks of 128,
-    pages and KV blocks of at least 128 tokens, and strides that TMA takes. Everything else runs the general kernel.
+    and strides of Q, K and V that TMA takes. Everything else runs the general kernel.
     """
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if capability != (9, 0):
@@ -456,8 +455,8 @@ def why_not_hopper(
         return f"{dtype}, not float16 or bfloat16"
     if head_dim not in (64, 128):
         return f"head dimension {head_dim}, not 64 or 128"
-    if query_block != 128 or min(page_size, block_size) < 128:
-        return "query blocks, KV blocks and pages must hold at least 128 tokens"
+    if query_block != 128:
+        return f"query blocks of {query_block}, not 128"
     return None
 
 
@@ -477,33 +476,32 @@ def attend(
     if q_blocks == 0:
         return
     capability = (0, 0) if INTERPRETED or not q.is_cuda else torch.cuda.get_device_capability(q.device)
-    refusal = why_not_hopper(capability, q.dtype, dim, kv.page_size, table.block_size, table.query_block)
-    if refusal is None and scale > 0 and _tma_strides(kv):
+    refusal = why_not_hopper(capability, q.dtype, dim, table.query_block)
+    if refusal is None and scale > 0 and _tma_strides(q, kv.k, kv.v):
         from compactattn._triton import hopper
 
         hopper.attend(q, kv, batch, table, scale, out, lse)
         return
-    tuning = attend_tuning(dim, q.dtype, kv.page_size, table.query_block, capability, _tma_strides(kv))
+    tuning = attend_tuning(dim, q.dtype, kv.page_size, table.query_block, capability, _tma_strides(kv.k, kv.v))
     padded = triton.next_power_of_2(dim)
     k, v = kv.k, kv.v
     if tuning.descriptor:
         box = [1, tuning.tile, 1, padded]
         k, v = TensorDescriptor.from_tensor(k, box), TensorDescriptor.from_tensor(v, box)
     with on_device(q):
-        _attend_kernel[(q_blocks * (table.query_block // tuning.rows) * heads, batch.size)](
+        launch(
+            _attend_kernel,
+            (q_blocks * (table.query_block // tuning.rows) * heads, batch.size),
             q,
-            q.stride(0),
-            q.stride(1),
+            *q.stride()[:2],
             k,
             *kv.k.stride()[:3],
             v,
             *kv.v.stride()[:3],
             out,
-            out.stride(0),
-            out.stride(1),
+            *out.stride()[:2],
             out if lse is None else lse,
-            0 if lse is None else lse.stride(0),
-            0 if lse is None else lse.stride(1),
+            *((0, 0) if lse is None else lse.stride()),
             kv.page_table,
             kv.page_table.stride(0),
             batch.cu_seqlens_q,
@@ -514,20 +512,23 @@ def attend(
             scale,
             q_blocks,
             table.indices.shape[1],
-            HEADS=heads,
-            GROUP=group,
-            GROUP_PADDED=triton.next_power_of_2(group),
-            DIM=dim,
-            DIM_PADDED=padded,
-            QUERY_BLOCK=table.query_block,
-            BLOCK_SIZE=table.block_size,
-            PAGE_SIZE=kv.page_size,
-            ROWS=tuning.rows,
-            TILE=tuning.tile,
-            DESCRIPTOR=tuning.descriptor,
-            POSITIVE_SCALE=scale > 0,
-            PRECISE=q.dtype == torch.float32,
-            LSE=lse is not None,
+            constants={
+                "HEADS": heads,
+                "GROUP": group,
+                "GROUP_PADDED": triton.next_power_of_2(group),
+                "DIM": dim,
+                "DIM_PADDED": padded,
+                "QUERY_BLOCK": table.query_block,
+                "BLOCK_SIZE": table.block_size,
+                "PAGE_SIZE": kv.page_size,
+                "ROWS": tuning.rows,
+                "TILE": tuning.tile,
+                "DESCRIPTOR": tuning.descriptor,
+                "POSITIVE_SCALE": scale > 0,
+                "PRECISE": q.dtype == torch.float32,
+                "LSE": lse is not None,
+            },
+            device=q.device,
             num_warps=tuning.num_warps,
             num_stages=tuning.num_stages,
         )

@@ -1,0 +1,16 @@
+"""Figures that others published, to stand beside measured ones: never mixed with them, always labelled."""
+
+from __future__ import annotations
+
+#: CompactAttention (arXiv 2605.16839): speedup over dense of the attention module, projections included, on an H200
+#: with tensor parallelism 2, batch 8, chunk 1024, by prompt length.
+PAPER_SPEEDUPS: dict[str, dict[int, float]] = {
+    "QUOKA": {32 * 1024: 0.90, 64 * 1024: 0.99, 128 * 1024: 1.09},
+    "XAttention": {32 * 1024: 0.54, 64 * 1024: 0.60, 128 * 1024: 0.64},
+    "SeerAttention": {32 * 1024: 0.44, 64 * 1024: 0.54, 128 * 1024: 0.65},
+    "CompactAttention-SA": {32 * 1024: 0.95, 64 * 1024: 1.36, 128 * 1024: 1.89},
+    "FlashPrefill": {32 * 1024: 1.21, 64 * 1024: 1.56, 128 * 1024: 2.24},
+    "CompactAttention-FP": {32 * 1024: 1.27, 64 * 1024: 1.79, 128 * 1024: 2.72},
+}
+PAPER_SOURCE = "published, arXiv 2605.16839: whole attention module, projections included, against its own dense"
+PAPER_SHAPE = {"batch": 8, "q_heads": 16, "kv_heads": 4}
