@@ -58,7 +58,7 @@ def select(
         rules = block_rules(batch, selector)
         kept = _wanted(q, kv, batch, selector, scale, summary, rules, chosen) | rules.forced[:, None]
         mask = (kept & rules.visible[:, None]).expand(-1, q.shape[1], -1, -1).contiguous()
-    return SelectionMask(mask, selector.block_size, selector.query_block, selector.dense_last_blocks)
+    return SelectionMask(mask, selector.block_size, selector.query_block, selector.dense_last_blocks, kv.num_kv_heads)
 
 
 class BlockScores(NamedTuple):
