@@ -3,6 +3,7 @@
 from compactattn.attention import attend
 from compactattn.check import check
 from compactattn.data import BlockTable, GateKeys, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
+from compactattn.grouping import Grouping, grouping_of
 from compactattn.pipeline import prefill, select_table
 from compactattn.seer_gate import load_seer_gates
 from compactattn.selection import select
@@ -19,6 +20,7 @@ __all__ = [
     "FlashPrefill",
     "GateKeys",
     "GroupMask",
+    "Grouping",
     "KVSummary",
     "Oracle",
     "PagedKV",
@@ -31,6 +33,7 @@ __all__ = [
     "attend",
     "build_table",
     "check",
+    "grouping_of",
     "load_seer_gates",
     "prefill",
     "select",

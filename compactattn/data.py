@@ -311,12 +311,14 @@ class SelectionMask:
         block_size, query_block: tokens per KV block and queries per query block.
         dense_last_blocks: the selector's setting of that name; `unite` gives the query blocks at the end of the
             prompt a table row of their own when it is positive and the batch has `prompt_lens`.
+        kv_heads: Hkv, which `unite` needs where it chooses the grouping itself; None if unknown.
     """
 
     mask: Tensor
     block_size: int
     query_block: int
     dense_last_blocks: int = 0
+    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         check_tensor("mask", self.mask, ndim=4, dtype=torch.bool)

@@ -5,7 +5,7 @@
       each head want?       be one list?         list per row      the pages the list names
 
 `prefill` gives exactly what the four stages give one after the other. For `FlashPrefill` the first three are fused:
-scores go straight to tables, and no mask is ever written.
+scores go straight to tables, and no mask is ever written; a grouping that chooses itself needs the mask.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from compactattn.summary import refresh
 from compactattn.table import build_table
 from compactattn.union import span_blocks, unite
 from compactattn.validation import (
+    Auto,
     check_blocks,
     check_heads_per_group,
-    check_int,
     check_out,
     check_queries,
+    check_span,
     check_summary,
     fail,
     resolve_scale,
@@ -38,8 +39,8 @@ def prefill(
     batch: PrefillBatch,
     *,
     selector: Selector,
-    heads_per_group: int,
-    query_blocks_per_span: int | None = None,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None = None,
     scale: float | None = None,
     summary: KVSummary | None = None,
     correction: bool | KVSummary = False,
@@ -58,8 +59,9 @@ def prefill(
         kv: the paged cache, this step's keys and values included.
         batch: the lengths of the step.
         selector: what proposes the blocks.
-        heads_per_group: adjacent query heads of one KV group that share a table; divides Hq / Hkv.
-        query_blocks_per_span: adjacent query blocks that share a table; None is the whole chunk.
+        heads_per_group: adjacent query heads of one KV group that share a table; divides Hq / Hkv. "auto" picks per
+            request and KV head, on the device, see `unite`.
+        query_blocks_per_span: adjacent query blocks that share a table; None is the whole chunk, "auto" picks.
         scale: softmax scale, default D^-0.5.
         summary: key means kept beside the cache; brought up to date for this chunk first.
         correction: let the past blocks that a row leaves out speak through their means, see `attend`. True needs a
@@ -97,8 +99,8 @@ def select_table(
     batch: PrefillBatch,
     *,
     selector: Selector,
-    heads_per_group: int,
-    query_blocks_per_span: int | None = None,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None = None,
     scale: float | None = None,
     summary: KVSummary | None = None,
     backend: str | None = None,
@@ -113,8 +115,8 @@ def _check_step(
     kv: PagedKV,
     batch: PrefillBatch,
     selector: Selector,
-    heads_per_group: int,
-    query_blocks_per_span: int | None,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None,
     scale: float | None,
     summary: KVSummary | None,
     backend: str | None,
@@ -126,8 +128,7 @@ def _check_step(
     check_heads_per_group(heads_per_group, q.shape[1], q.shape[1] // kv.num_kv_heads)
     if isinstance(selector, SeerGate):
         selector.check_heads(q)
-    if query_blocks_per_span is not None:
-        check_int("query_blocks_per_span", query_blocks_per_span, 1)
+    check_span(query_blocks_per_span)
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
     return resolve_backend(backend, q.device, q.dtype), resolve_scale(scale, q.shape[-1])
@@ -138,8 +139,8 @@ def _table(
     kv: PagedKV,
     batch: PrefillBatch,
     selector: Selector,
-    heads_per_group: int,
-    query_blocks_per_span: int | None,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None,
     scale: float,
     summary: KVSummary | None,
     backend: Backend,
@@ -147,7 +148,7 @@ def _table(
     """The table of a checked step; the summary is brought up to date first."""
     if summary is not None:
         refresh(kv, batch, summary, None, backend)
-    if not isinstance(selector, FlashPrefill):
+    if not isinstance(selector, FlashPrefill) or heads_per_group == "auto" or query_blocks_per_span == "auto":
         selection = select(q, kv, batch, selector, scale=scale, summary=summary, backend=backend)
         groups = unite(
             selection,

@@ -58,18 +58,19 @@ def select(
         rules = block_rules(batch, selector)
         kept = _wanted(q, kv, batch, selector, scale, summary, rules, chosen) | rules.forced[:, None]
         mask = (kept & rules.visible[:, None]).expand(-1, q.shape[1], -1, -1).contiguous()
-    return SelectionMask(mask, selector.block_size, selector.query_block, selector.dense_last_blocks)
+    return SelectionMask(mask, selector.block_size, selector.query_block, selector.dense_last_blocks, kv.num_kv_heads)
 
 
 class BlockScores(NamedTuple):
     """FlashPrefill's scores of one step.
 
-    log_s: float32 [B, Hq, Qb, Kb], natural log, -inf where no row of the query block scores the block.
-    tile_max: float32 [B, Hq, Qb, tiles], the largest score of each tile of adjacent blocks, where a backend keeps it.
+    log_s: float32 [B, Hq, Qb, Kb], natural log, -inf where no row of the query block scores the block; its rows may
+        lie apart.
+    part_max: float32 [B, Hq, Qb, parts], the largest score of each part of a row, where a backend keeps it.
     """
 
     log_s: Tensor
-    tile_max: Tensor | None = None
+    part_max: Tensor | None = None
 
 
 class BlockRules(NamedTuple):

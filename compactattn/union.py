@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from compactattn.data import GroupMask, PrefillBatch, SelectionMask
 from compactattn.dispatch import resolve_backend
-from compactattn.validation import check_grouping
+from compactattn.grouping import pick_groups
+from compactattn.validation import Auto, check_grouping
 
 
 def unite(
     selection: SelectionMask,
     batch: PrefillBatch,
     *,
-    heads_per_group: int,
-    query_blocks_per_span: int | None = None,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None = None,
     backend: str | None = None,
 ) -> GroupMask:
     """Unite a selection over execution groups and add the current region.
@@ -23,17 +24,22 @@ def unite(
     Args:
         selection: bool [B, Hq, Qb, Kb].
         batch: the step that the selection was made for.
-        heads_per_group: adjacent query heads of one KV group that share a row; divides Hq.
-        query_blocks_per_span: adjacent query blocks that share a row; None is the whole chunk.
+        heads_per_group: adjacent query heads of one KV group that share a row; divides Hq. "auto" picks per
+            request and KV head, on the device, what `compactattn.grouping` predicts to be fastest.
+        query_blocks_per_span: adjacent query blocks that share a row; None is the whole chunk, "auto" picks one block
+            or the whole chunk.
         backend: None (by device), "triton" or "numba".
 
     Returns:
         GroupMask with R = B * (Hq / heads_per_group) * ceil(Qb / span) rows, plus one row per request for the query
         blocks at the end of the prompt if the selector has `dense_last_blocks` and the batch `prompt_lens`. The row
-        of (b, h, i) is (b * Hq/heads_per_group + h // heads_per_group) * ceil(Qb / span) + i // span.
+        of (b, h, i) is (b * Hq/heads_per_group + h // heads_per_group) * ceil(Qb / span) + i // span. With "auto", R
+        is that of one head and one query block, a group uses the row of its first head and query block, and the rows
+        of its others are empty; `grouping_of` tells what was picked.
 
     Raises:
-        ValueError: a mask that does not fit the batch, or a group size that does not divide the heads.
+        ValueError: a mask that does not fit the batch, a group size that does not divide the heads, or "auto" for a
+            mask that does not know its `kv_heads`.
     """
     check_grouping(selection, batch, heads_per_group, query_blocks_per_span)
     chosen = resolve_backend(backend, selection.mask.device)
@@ -41,6 +47,9 @@ def unite(
         from compactattn._triton.union import unite as run
     else:
         from compactattn._numba.union import unite as run
+    if heads_per_group == "auto" or query_blocks_per_span == "auto":
+        assert selection.kv_heads is not None
+        return pick_groups(run(selection, batch, 1, 1), selection.kv_heads, heads_per_group, query_blocks_per_span)
     span = span_blocks(batch.query_blocks(selection.query_block), query_blocks_per_span)
     return run(selection, batch, heads_per_group, span)
 

@@ -7,12 +7,14 @@ failure is a `ValueError` that names the argument, what was expected and what ca
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 if TYPE_CHECKING:
     from compactattn.data import BlockTable, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
+
+Auto = Literal["auto"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -136,19 +138,46 @@ def check_summary(
 
 
 def check_grouping(
-    mask: SelectionMask, batch: PrefillBatch, heads_per_group: int, query_blocks_per_span: int | None
+    mask: SelectionMask,
+    batch: PrefillBatch,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None,
 ) -> None:
     check_same_device("selection.mask", mask.mask, batch.cu_seqlens_q.device)
     heads = mask.mask.shape[1]
     extents = (batch.size, heads, batch.query_blocks(mask.query_block), batch.kv_blocks(mask.block_size))
     check_shape("selection.mask", mask.mask, extents, "B, Hq, Qb, Kb of the batch")
     check_heads_per_group(heads_per_group, heads)
-    if query_blocks_per_span is not None:
-        check_int("query_blocks_per_span", query_blocks_per_span, 1)
+    check_span(query_blocks_per_span)
+    if "auto" in (heads_per_group, query_blocks_per_span):
+        if mask.kv_heads is None:
+            raise fail("selection.kv_heads", "the number of KV heads, for a grouping that chooses itself", "None")
+        check_kv_heads(mask.kv_heads, heads)
+        check_heads_per_group(heads_per_group, heads, heads // mask.kv_heads)
+
+
+def check_kv_heads(kv_heads: object, heads: int) -> None:
+    check_int("kv_heads", kv_heads, 1)
+    assert isinstance(kv_heads, int)
+    if heads % kv_heads:
+        raise fail("kv_heads", f"a divisor of the {heads} query heads", kv_heads)
+
+
+def check_span(query_blocks_per_span: object) -> None:
+    """None is the whole chunk, "auto" lets the device choose."""
+    if query_blocks_per_span is None or query_blocks_per_span == "auto":
+        return
+    if isinstance(query_blocks_per_span, str):
+        raise fail("query_blocks_per_span", "None, 'auto' or an int of at least 1", repr(query_blocks_per_span))
+    check_int("query_blocks_per_span", query_blocks_per_span, 1)
 
 
 def check_heads_per_group(heads_per_group: object, heads: int, per_kv_head: int | None = None) -> None:
     """`heads_per_group` adjacent heads share a row; where G is known they must lie in one KV group."""
+    if heads_per_group == "auto":
+        return
+    if isinstance(heads_per_group, str):
+        raise fail("heads_per_group", "'auto' or an int of at least 1", repr(heads_per_group))
     check_int("heads_per_group", heads_per_group, 1)
     assert isinstance(heads_per_group, int)
     if heads % heads_per_group:

@@ -6,6 +6,7 @@ import torch
 
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 from compactattn.selectors import Selector
+from compactattn.validation import Auto
 from reference.attention import attend
 from reference.selection import select
 from reference.summary import summarize
@@ -19,8 +20,8 @@ def prefill(
     batch: PrefillBatch,
     *,
     selector: Selector,
-    heads_per_group: int,
-    query_blocks_per_span: int | None = None,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None = None,
     scale: float | None = None,
     summary: KVSummary | None = None,
     correction: bool | KVSummary = False,

@@ -50,7 +50,7 @@ def select(
             for h in range(q.shape[1]):
                 visible = scores[request.index, h, i, : last + 1]
                 mask[request.index, h, i, : last + 1] = _keep(visible, forced, selector)
-    return SelectionMask(mask, block_size, query_block, selector.dense_last_blocks)
+    return SelectionMask(mask, block_size, query_block, selector.dense_last_blocks, kv.k.shape[2])
 
 
 def _keep(scores: torch.Tensor, forced: torch.Tensor, selector: Selector) -> torch.Tensor:

@@ -13,7 +13,10 @@ from compactattn.data import PagedKV, PrefillBatch
 from compactattn.selectors import Oracle, XAttention
 
 
-@triton.jit(do_not_specialize=["page_table_stride", "row_tiles", "key_tiles", "parts", "strided_rows"])
+@triton.jit(
+    do_not_specialize=["page_table_stride", "row_tiles", "key_tiles", "parts", "strided_rows"],
+    do_not_specialize_on_alignment=["page_table", "cu_seqlens_q", "seq_lens"],
+)
 def _strided_lse_kernel(
     q,
     q_stride_token,

@@ -2,24 +2,146 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import on_device
+from compactattn._triton import capability, multiprocessors, on_device, overlapped_launch
 from compactattn._triton.summary import block_means
 from compactattn._triton.union import request_lens
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 from compactattn.selection import BlockScores
 from compactattn.selectors import FlashPrefill
 
-TILES_PER_PROGRAM = 4
+MAX_PARTS = 8
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["q_blocks", "kv_blocks", "tiles", "parts"])
+@triton.jit
+def _load_queries(
+    q,
+    q_stride_token,
+    q_stride_head,
+    q_start,
+    q_len,
+    i,
+    first_head,
+    dim,
+    DIM: tl.constexpr,
+    HEADS_TOGETHER: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+):
+    """Components `dim` of query block i of HEADS_TOGETHER heads, head by head; zeros beyond the chunk."""
+    n = tl.arange(0, HEADS_TOGETHER * QUERY_BLOCK)
+    row = i * QUERY_BLOCK + n % QUERY_BLOCK
+    head = first_head + n // QUERY_BLOCK
+    offset = (q_start + row).to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
+    return tl.load(q + offset[:, None] + dim[None, :], mask=(row < q_len)[:, None] & (dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _score_tiles(
+    best,
+    first_tile,
+    stop_tile,
+    queries,
+    q,
+    q_stride_token,
+    q_stride_head,
+    q_start,
+    q_len,
+    past_len,
+    i,
+    first_head,
+    means,
+    reach,
+    log_s,
+    log_s_row,
+    log_s_member_stride,
+    log_s_stride,
+    scale,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS_TOGETHER: tl.constexpr,
+    TILE: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr,
+    PRECISE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Score and store tiles [first_tile, stop_tile); MASKED where a row may not score a block. `scale` is in base 2.
+
+    KV blocks are the rows of the product and queries its columns, so that a sum over queries stays within a warp.
+    PRECISE (float32, without tensor cores) adds the product up in parts that fit the registers.
+    """
+    member = tl.arange(0, HEADS_TOGETHER)
+    for tile in range(first_tile, stop_tile):
+        j = tile * TILE + tl.arange(0, TILE)
+        row_of_means = means + j.to(tl.int64)[:, None] * DIM
+        if PRECISE:
+            s = tl.zeros([TILE, HEADS_TOGETHER * QUERY_BLOCK], tl.float32)
+            for start in range(0, DIM, 16):
+                dim = start + tl.arange(0, 16)
+                keys = tl.load(row_of_means + dim[None, :], mask=(j < reach)[:, None], other=0.0)
+                part = _load_queries(
+                    q,
+                    q_stride_token,
+                    q_stride_head,
+                    q_start,
+                    q_len,
+                    i,
+                    first_head,
+                    dim,
+                    DIM,
+                    HEADS_TOGETHER,
+                    QUERY_BLOCK,
+                )
+                s = tl.dot(keys, tl.trans(part), s, input_precision="ieee")
+        else:
+            dim = tl.arange(0, DIM_PADDED)
+            if MASKED:
+                keys = tl.load(row_of_means + dim[None, :], mask=(j < reach)[:, None] & (dim < DIM)[None, :], other=0.0)
+            elif DIM == DIM_PADDED:
+                keys = tl.load(row_of_means + dim[None, :])
+            else:
+                keys = tl.load(row_of_means + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+            s = tl.dot(keys, tl.trans(queries))
+        if not POSITIVE_SCALE:
+            s = s * scale
+        if MASKED:
+            row = i * QUERY_BLOCK + tl.arange(0, HEADS_TOGETHER * QUERY_BLOCK) % QUERY_BLOCK
+            position = tl.where(row < q_len, past_len + row, -1)
+            ends = tl.where(j < reach, (j + 1) * BLOCK_SIZE - 1, 0x7FFFFFFF)
+            s = tl.where(position[None, :] >= ends[:, None], s, float("-inf"))
+        s = s.reshape(TILE, HEADS_TOGETHER, QUERY_BLOCK)
+        peak = tl.max(s, axis=2)
+        if POSITIVE_SCALE:
+            peak = peak * scale
+            s = s * scale
+        shift = tl.where(peak == float("-inf"), 0.0, peak) if MASKED else peak
+        total = tl.sum(tl.exp2(s - shift[:, :, None]), axis=2)
+        if MASKED:
+            total = tl.where(peak == float("-inf"), 1.0, total)
+        score = (peak + tl.log2(total)) * LN_2
+        tl.store(
+            log_s + log_s_row + member[None, :] * log_s_member_stride + j[:, None],
+            score,
+            mask=(j < log_s_stride)[:, None],
+        )
+        best = tl.maximum(best, score)
+    return best
+
+
+@triton.jit(
+    do_not_specialize=["q_blocks", "kv_blocks", "tiles", "parts", "tiles_per_part"],
+    do_not_specialize_on_alignment=["cu_seqlens_q", "seq_lens"],
+)
 def _scores_kernel(
     q,
     q_stride_token,
@@ -28,75 +150,130 @@ def _scores_kernel(
     cu_seqlens_q,
     seq_lens,
     log_s,
-    tile_max,
+    log_s_stride,
+    part_max,
     scale,
     q_blocks,
     kv_blocks,
     tiles,
     parts,
+    tiles_per_part,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
+    HEADS_TOGETHER: tl.constexpr,
     TILE: tl.constexpr,
-    TILES_PER_PROGRAM: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr,
+    PRECISE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One program per (TILES_PER_PROGRAM tiles of KV blocks, query block, head; request).
-
-    KV blocks are the rows of the product and queries its columns: the sum over queries stays within a warp.
-    """
+    """One program per (part of the KV blocks, query block, HEADS_TOGETHER heads of one KV group; request)."""
     part = tl.program_id(0) % parts
     i = tl.program_id(0) // parts % q_blocks
-    head = tl.program_id(0) // parts // q_blocks
+    first_head = tl.program_id(0) // parts // q_blocks * HEADS_TOGETHER
     b = tl.program_id(1)
     q_start, q_len, past_len = request_lens(cu_seqlens_q, seq_lens, b)
-    out_row = (b.to(tl.int64) * HEADS + head) * q_blocks + i
-    # complete blocks that end at or before the query block's last row; an absent query block scores nothing
-    reach = (past_len + tl.minimum((i + 1) * QUERY_BLOCK, q_len)) // BLOCK_SIZE
-    reach = tl.where(i * QUERY_BLOCK < q_len, reach, 0)
-    first_tile = part * TILES_PER_PROGRAM
-    stop_tile = tl.minimum(first_tile + TILES_PER_PROGRAM, tiles)
+    out_row = (b.to(tl.int64) * HEADS + first_head) * q_blocks + i
+    log_s_row = out_row * log_s_stride
+    log_s_member_stride = q_blocks.to(tl.int64) * log_s_stride
+    # complete blocks that end at or before the query block's last row, and those that even its first row scores
+    present = i * QUERY_BLOCK < q_len
+    reach = tl.where(present, (past_len + tl.minimum((i + 1) * QUERY_BLOCK, q_len)) // BLOCK_SIZE, 0)
+    full = tl.where((i + 1) * QUERY_BLOCK <= q_len, (past_len + i * QUERY_BLOCK + 1) // BLOCK_SIZE, 0)
+    first_tile = part * tiles_per_part
+    stop_tile = tl.minimum(first_tile + tiles_per_part, tiles)
     scored_tile = tl.minimum(stop_tile, tl.maximum(first_tile, (reach + TILE - 1) // TILE))
-    dim = tl.arange(0, DIM_PADDED)
-    means = block_means + (b.to(tl.int64) * (HEADS // GROUP) + head // GROUP) * kv_blocks * DIM
-    q_base = q + q_start.to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
-    lane = i * QUERY_BLOCK + tl.arange(0, ROWS)
-    q_mask = (lane < q_len)[:, None] & (dim < DIM)[None, :]
-    q_lanes = tl.load(q_base + lane.to(tl.int64)[:, None] * q_stride_token + dim[None, :], mask=q_mask, other=0.0)
-    for tile in range(first_tile, scored_tile):
-        j = tile * TILE + tl.arange(0, TILE)
-        k_mask = (j < reach)[:, None] & (dim < DIM)[None, :]
-        keys = tl.load(means + j.to(tl.int64)[:, None] * DIM + dim[None, :], mask=k_mask, other=0.0)
-        ends = tl.where(j < reach, (j + 1) * BLOCK_SIZE - 1, 0x7FFFFFFF)
-        peak = tl.full([TILE], float("-inf"), tl.float32)
-        total = tl.zeros([TILE], tl.float32)
-        for start in tl.static_range(0, QUERY_BLOCK, ROWS):
-            row = i * QUERY_BLOCK + start + tl.arange(0, ROWS)
-            if start == 0:
-                queries = q_lanes
-            else:
-                q_mask = (row < q_len)[:, None] & (dim < DIM)[None, :]
-                q_pointers = q_base + row.to(tl.int64)[:, None] * q_stride_token + dim[None, :]
-                queries = tl.load(q_pointers, mask=q_mask, other=0.0)
-            s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2_E)
-            position = tl.where(row < q_len, past_len + row, -1)
-            s = tl.where(position[None, :] >= ends[:, None], s, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(s, axis=1))
-            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(s - shift[:, None]), axis=1)
-            peak = new_peak
-        scored = peak > float("-inf")
-        score = tl.where(scored, (peak + tl.log2(tl.where(scored, total, 1.0))) * LN_2, float("-inf"))
-        tl.store(log_s + out_row * kv_blocks + j, score, mask=j < kv_blocks)
-        tl.store(tile_max + out_row * tiles + tile, tl.max(score, axis=0))
+    full_tile = tl.minimum(scored_tile, tl.maximum(first_tile, full // TILE))
+    means = block_means + (b.to(tl.int64) * (HEADS // GROUP) + first_head // GROUP) * kv_blocks * DIM
+    queries = 0.0
+    if not PRECISE:
+        dim = tl.arange(0, DIM_PADDED)
+        queries = _load_queries(
+            q, q_stride_token, q_stride_head, q_start, q_len, i, first_head, dim, DIM, HEADS_TOGETHER, QUERY_BLOCK
+        )
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    best = tl.full([TILE, HEADS_TOGETHER], float("-inf"), tl.float32)
+    for masked in tl.static_range(2):
+        best = _score_tiles(
+            best,
+            full_tile if masked else first_tile,
+            scored_tile if masked else full_tile,
+            queries,
+            q,
+            q_stride_token,
+            q_stride_head,
+            q_start,
+            q_len,
+            past_len,
+            i,
+            first_head,
+            means,
+            reach,
+            log_s,
+            log_s_row,
+            log_s_member_stride,
+            log_s_stride,
+            scale * LOG2_E,
+            DIM,
+            DIM_PADDED,
+            QUERY_BLOCK,
+            BLOCK_SIZE,
+            HEADS_TOGETHER,
+            TILE,
+            POSITIVE_SCALE,
+            PRECISE,
+            masked,
+        )
+    member = tl.arange(0, HEADS_TOGETHER)
+    tl.store(part_max + (out_row + member * q_blocks) * parts + part, tl.max(best, axis=0))
+    nothing = tl.full([TILE, HEADS_TOGETHER], float("-inf"), tl.float32)
     for tile in range(scored_tile, stop_tile):
         j = tile * TILE + tl.arange(0, TILE)
-        nothing = tl.full([TILE], float("-inf"), tl.float32)
-        tl.store(log_s + out_row * kv_blocks + j, nothing, mask=j < kv_blocks)
-        tl.store(tile_max + out_row * tiles + tile, float("-inf"))
+        pointers = log_s + log_s_row + member[None, :] * log_s_member_stride + j[:, None]
+        tl.store(pointers, nothing, mask=(j < log_s_stride)[:, None])
+
+
+@dataclass(frozen=True)
+class ScoresTuning:
+    """How one call of the kernel is shaped.
+
+    Attributes:
+        heads_together: adjacent heads of a KV group whose queries share each tile of means.
+        tile: KV blocks per product.
+        num_warps, num_stages: Triton's launch options.
+    """
+
+    heads_together: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+def scores_tuning(head_dim: int, dtype: torch.dtype, group: int, capability: tuple[int, int]) -> ScoresTuning:
+    """A function of the problem's constants and of the device, never of a length."""
+    if dtype == torch.float32:  # no tensor cores: small products stay in registers
+        return ScoresTuning(1, 32, 8, 1)
+    if head_dim > 128:
+        return ScoresTuning(1, 64, 4, 2)
+    if capability == (9, 0) and group % 2 == 0:  # two heads and three tiles of means, twice in an SM's shared memory
+        return ScoresTuning(2, 64, 4, 3)
+    return ScoresTuning(1, 64, 4, 3)
+
+
+def parts_of_a_row(tiles: int, rows: int, multiprocessors: int) -> int:
+    """Into how many parts, at most MAX_PARTS, to cut the tiles of each of `rows` rows of programs.
+
+    The fewest rounds of programs, two to a multiprocessor, where loading its queries costs a program what 1.5 tiles do.
+    """
+    return min(
+        range(1, min(MAX_PARTS, max(1, tiles)) + 1),
+        key=lambda parts: -(-rows * parts // (2 * multiprocessors)) * (tiles / parts + 1.5),
+    )
 
 
 def flash_prefill_scores(
@@ -110,16 +287,19 @@ def flash_prefill_scores(
 ) -> BlockScores:
     """Score every block on the device; nothing is read back and nothing depends on a length but the grid."""
     heads, dim = q.shape[1:]
+    group = heads // kv.num_kv_heads
     q_blocks, kv_blocks = batch.query_blocks(selector.query_block), batch.kv_blocks(selector.block_size)
     means = block_means(kv, batch, selector.block_size, q.dtype, summary)
-    rows, tile, num_warps = _scores_tuning(dim, q.dtype, selector.query_block)
-    tiles = triton.cdiv(kv_blocks, tile)
-    parts = triton.cdiv(tiles, TILES_PER_PROGRAM)
-    log_s = torch.empty((batch.size, heads, q_blocks, kv_blocks), dtype=torch.float32, device=q.device)
-    tile_max = torch.empty((batch.size, heads, q_blocks, tiles), dtype=torch.float32, device=q.device)
+    tuning = scores_tuning(dim, q.dtype, group, capability(q.device))
+    tiles = triton.cdiv(kv_blocks, tuning.tile)
+    programs = q_blocks * (heads // tuning.heads_together)
+    parts = parts_of_a_row(tiles, programs * batch.size, multiprocessors(q.device))
+    stride = triton.cdiv(kv_blocks, 16) * 16  # aligned rows
+    log_s = torch.empty((batch.size, heads, q_blocks, stride), dtype=torch.float32, device=q.device)
+    part_max = torch.empty((batch.size, heads, q_blocks, parts), dtype=torch.float32, device=q.device)
     if log_s.numel():
         with on_device(q):
-            _scores_kernel[(parts * q_blocks * heads, batch.size)](
+            _scores_kernel[(parts * programs, batch.size)](
                 q,
                 q.stride(0),
                 q.stride(1),
@@ -127,28 +307,26 @@ def flash_prefill_scores(
                 batch.cu_seqlens_q,
                 batch.seq_lens,
                 log_s,
-                tile_max,
+                stride,
+                part_max,
                 scale,
                 q_blocks,
                 kv_blocks,
                 tiles,
                 parts,
+                triton.cdiv(tiles, parts),
                 HEADS=heads,
-                GROUP=heads // kv.num_kv_heads,
+                GROUP=group,
                 DIM=dim,
                 DIM_PADDED=triton.next_power_of_2(dim),
                 QUERY_BLOCK=selector.query_block,
                 BLOCK_SIZE=selector.block_size,
-                ROWS=rows,
-                TILE=tile,
-                TILES_PER_PROGRAM=TILES_PER_PROGRAM,
-                num_warps=num_warps,
+                HEADS_TOGETHER=tuning.heads_together,
+                TILE=tuning.tile,
+                POSITIVE_SCALE=scale > 0,
+                PRECISE=q.dtype == torch.float32,
+                num_warps=tuning.num_warps,
+                num_stages=tuning.num_stages,
+                **overlapped_launch(q.device),
             )
-    return BlockScores(log_s, tile_max)
-
-
-def _scores_tuning(head_dim: int, dtype: torch.dtype, query_block: int) -> tuple[int, int, int]:
-    """(rows per product, KV blocks per program, warps): a function of the problem's constants, never of a length."""
-    if dtype == torch.float32:  # no tensor cores: small tiles keep the products in registers
-        return (32 if head_dim <= 128 else 16), 32, 8
-    return query_block, (128 if head_dim <= 128 else 64), 8
+    return BlockScores(log_s[..., :kv_blocks], part_max)

@@ -6,14 +6,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import on_device
+from compactattn._triton import on_device, overlapped_launch
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 
 SINCE_PAST, SINCE_INT, SINCE_TENSOR = 0, 1, 2
 
 
-@triton.jit(do_not_specialize=["page_table_stride", "since_int", "units"])
+@triton.jit(
+    do_not_specialize=["page_table_stride", "since_int", "units"],
+    do_not_specialize_on_alignment=["page_table", "cu_seqlens_q", "seq_lens", "since"],
+)
 def _unit_means_kernel(
     cache,
     cache_stride_page,
@@ -34,11 +38,15 @@ def _unit_means_kernel(
     DIM_PADDED: tl.constexpr,
     SINCE: tl.constexpr,
     BY_PAGE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per (unit, head, request): the float32 mean of the unit's valid tokens.
 
     BY_PAGE: means are laid out [num_pages, PAGE_SIZE // UNIT, HEADS, DIM]; otherwise [B, units, HEADS, DIM].
     """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     b = tl.program_id(2)
     head = tl.program_id(1)
     seq_len = tl.load(seq_lens + b)
@@ -99,6 +107,7 @@ def _launch_unit_means(
             SINCE=mode,
             BY_PAGE=by_page,
             num_warps=4,
+            **overlapped_launch(cache.device),
         )
 
 
@@ -109,7 +118,10 @@ def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: 
         _launch_unit_means(kv.v, kv, batch, since, summary.v_mean, summary.unit, by_page=True)
 
 
-@triton.jit(do_not_specialize=["page_table_stride", "units", "kv_blocks"])
+@triton.jit(
+    do_not_specialize=["page_table_stride", "units", "kv_blocks"],
+    do_not_specialize_on_alignment=["page_table", "seq_lens"],
+)
 def _block_means_kernel(
     means,
     page_table,
@@ -125,23 +137,31 @@ def _block_means_kernel(
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     BY_PAGE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One program per (block, head, request): mean of the block's unit means, rounded once to the queries' dtype."""
-    block = tl.program_id(0)
+    """One program per (BLOCKS blocks, head, request): means of the blocks' unit means, rounded once to q's dtype."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    if (block + 1) * BLOCK_SIZE <= tl.load(seq_lens + b):
-        unit = block * UNITS_PER_BLOCK + tl.arange(0, UNITS_PER_BLOCK)
-        dim = tl.arange(0, DIM_PADDED)
-        if BY_PAGE:
-            page = tl.load(page_table + b * page_table_stride + unit // UNITS_PER_PAGE).to(tl.int64)
-            index = page * UNITS_PER_PAGE + unit % UNITS_PER_PAGE
-        else:
-            index = b * units + unit
-        pointers = means + (index[:, None] * HEADS + head) * DIM + dim[None, :]
-        mean = tl.sum(tl.load(pointers, mask=(dim < DIM)[None, :], other=0.0), axis=0) / UNITS_PER_BLOCK
-        target = block_means + ((b * HEADS + head) * kv_blocks + block) * DIM
-        tl.store(target + dim, mean.to(block_means.dtype.element_ty), mask=dim < DIM)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    complete = (block + 1) * BLOCK_SIZE <= tl.load(seq_lens + b)
+    unit = tl.program_id(0) * (BLOCKS * UNITS_PER_BLOCK) + tl.arange(0, BLOCKS * UNITS_PER_BLOCK)
+    exists = (unit // UNITS_PER_BLOCK + 1) * BLOCK_SIZE <= tl.load(seq_lens + b)
+    if BY_PAGE:
+        page = tl.load(page_table + b * page_table_stride + unit // UNITS_PER_PAGE, mask=exists, other=0)
+        index = page.to(tl.int64) * UNITS_PER_PAGE + unit % UNITS_PER_PAGE
+    else:
+        index = b * units + unit
+    dim = tl.arange(0, DIM_PADDED)
+    pointers = means + (index * HEADS + head)[:, None] * DIM + dim[None, :]
+    mean = tl.load(pointers, mask=exists[:, None] & (dim < DIM)[None, :], other=0.0)
+    if UNITS_PER_BLOCK > 1:
+        mean = tl.sum(mean.reshape(BLOCKS, UNITS_PER_BLOCK, DIM_PADDED), axis=1) / UNITS_PER_BLOCK
+    target = block_means + ((b * HEADS + head) * kv_blocks + block)[:, None] * DIM + dim[None, :]
+    tl.store(target, mean.to(block_means.dtype.element_ty), mask=complete[:, None] & (dim < DIM)[None, :])
 
 
 def block_means(
@@ -155,13 +175,14 @@ def block_means(
     blocks, heads, dim = batch.kv_blocks(block_size), kv.num_kv_heads, kv.head_dim
     result = torch.empty((batch.size, heads, blocks, dim), dtype=dtype, device=kv.k.device)
     units = -(-batch.max_seq_len // unit)
+    blocks_per_program = max(1, 16 * unit // block_size)
     if summary is None:
         means = torch.empty((batch.size, units, heads, dim), dtype=torch.float32, device=kv.k.device)
         _launch_unit_means(kv.k, kv, batch, 0, means, unit, by_page=False)
     else:
         means = summary.k_mean
     with on_device(kv.k):
-        _block_means_kernel[(blocks, heads, batch.size)](
+        _block_means_kernel[(triton.cdiv(blocks, blocks_per_program), heads, batch.size)](
             means,
             kv.page_table,
             kv.page_table.stride(0),
@@ -176,6 +197,8 @@ def block_means(
             DIM=dim,
             DIM_PADDED=triton.next_power_of_2(dim),
             BY_PAGE=summary is not None,
-            num_warps=1,
+            BLOCKS=blocks_per_program,
+            num_warps=4,
+            **overlapped_launch(kv.k.device),
         )
     return result

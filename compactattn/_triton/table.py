@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import on_device
+from compactattn._triton import on_device, overlapped_launch
+from compactattn._triton.scores import MAX_PARTS
 from compactattn._triton.union import KEEP_TILE, last_block, row_count, row_members, store_rows
 from compactattn.data import BlockTable, GroupMask, PrefillBatch
 from compactattn.selection import BlockScores, log_alpha
@@ -49,7 +51,7 @@ def build_table(groups: GroupMask) -> BlockTable:
 
 @triton.jit(
     do_not_specialize=[
-        "tiles",
+        "parts",
         "sink_blocks",
         "window_blocks",
         "dense_queries",
@@ -61,12 +63,14 @@ def build_table(groups: GroupMask) -> BlockTable:
         "span",
         "q_blocks",
         "kv_blocks",
-    ]
+    ],
+    do_not_specialize_on_alignment=["cu_seqlens_q", "seq_lens", "prompt_lens"],
 )
 def _table_from_scores_kernel(
     log_s,
-    tile_max,
-    tiles,
+    log_s_stride,
+    part_max,
+    parts,
     log_alpha,
     sink_blocks,
     window_blocks,
@@ -86,12 +90,13 @@ def _table_from_scores_kernel(
     q_blocks,
     kv_blocks,
     HEADS_PER_GROUP: tl.constexpr,
-    HEADS_PADDED: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DENSE_END: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    MEMBERS: tl.constexpr,
     TILE: tl.constexpr,
-    MAX_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per row: threshold, forced blocks, union and ordered compaction in one pass over the scores."""
     r = tl.program_id(0)
@@ -115,25 +120,33 @@ def _table_from_scores_kernel(
     dense = (q_len <= dense_queries) | (past_len + q_len <= dense_keys)
     if DENSE_END:
         dense = dense | (r >= requests * groups * spans)
-    h = tl.arange(0, HEADS_PADDED)
-    head = (b * groups + group).to(tl.int64) * HEADS_PER_GROUP + h
+    first_head = (b * groups + group) * HEADS_PER_GROUP
+    members = HEADS_PER_GROUP * tl.maximum(stop - first, 0)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     count = 0
     for start in range(0, last + 1, TILE):
         j = start + tl.arange(0, TILE)
         forced = (j >= past_blocks) | (j < sink_blocks) | (j >= window_from) | dense
         kept = (forced & (j <= last)).to(tl.int32)
         if (start < past_blocks) & (dense == 0):
-            for i in range(first, stop):
-                member = head * q_blocks + i
-                peak = tl.full([HEADS_PADDED], float("-inf"), tl.float32)
-                for t0 in range(0, tiles, MAX_TILE):
-                    t = t0 + tl.arange(0, MAX_TILE)
-                    known = (h < HEADS_PER_GROUP)[:, None] & (t < tiles)[None, :]
-                    peaks = tl.load(tile_max + member[:, None] * tiles + t[None, :], mask=known, other=float("-inf"))
-                    peak = tl.maximum(peak, tl.max(peaks, axis=1))
-                threshold = peak + log_alpha
-                known = (h < HEADS_PER_GROUP)[:, None] & (j < past_blocks)[None, :]
-                s = tl.load(log_s + member[:, None] * kv_blocks + j[None, :], mask=known, other=float("-inf"))
+            for m0 in range(0, members, MEMBERS):
+                m = m0 + tl.arange(0, MEMBERS)
+                known = m < members
+                member = (first_head + m // (stop - first)).to(tl.int64) * q_blocks + first + m % (stop - first)
+                part = tl.arange(0, MAX_PARTS)
+                peaks = tl.load(
+                    part_max + member[:, None] * parts + part[None, :],
+                    mask=known[:, None] & (part < parts)[None, :],
+                    other=float("-inf"),
+                )
+                threshold = tl.max(peaks, axis=1) + log_alpha
+                s = tl.load(
+                    log_s + member[:, None] * log_s_stride + j[None, :],
+                    mask=known[:, None] & (j < past_blocks)[None, :],
+                    other=float("-inf"),
+                )
                 wanted = (s >= threshold[:, None]) & (s > float("-inf"))
                 kept = kept | tl.max(wanted.to(tl.int32), axis=0)
         count = _append(indices + r.to(tl.int64) * kv_blocks, count, kept, j)
@@ -160,7 +173,7 @@ def table_from_scores(
     scores: BlockScores, batch: PrefillBatch, selector: FlashPrefill, heads_per_group: int, span: int
 ) -> BlockTable:
     """What select, unite and build_table give one after the other, without a mask in memory."""
-    assert scores.tile_max is not None
+    assert scores.part_max is not None
     _, heads, q_blocks, kv_blocks = scores.log_s.shape
     device = scores.log_s.device
     groups, spans = heads // heads_per_group, -(-q_blocks // span)
@@ -173,8 +186,9 @@ def table_from_scores(
         with on_device(indices):
             _table_from_scores_kernel[(num_rows,)](
                 scores.log_s,
-                scores.tile_max,
-                scores.tile_max.shape[-1],
+                scores.log_s.stride(2),
+                scores.part_max,
+                scores.part_max.shape[-1],
                 log_alpha(selector),
                 selector.sink_blocks,
                 selector.window_blocks,
@@ -194,12 +208,13 @@ def table_from_scores(
                 q_blocks,
                 kv_blocks,
                 HEADS_PER_GROUP=heads_per_group,
-                HEADS_PADDED=triton.next_power_of_2(heads_per_group),
                 QUERY_BLOCK=selector.query_block,
                 BLOCK_SIZE=selector.block_size,
                 DENSE_END=dense_end,
+                MAX_PARTS=MAX_PARTS,
+                MEMBERS=min(16, 4 * triton.next_power_of_2(heads_per_group)),
                 TILE=KEEP_TILE,
-                MAX_TILE=32,
-                num_warps=8,
+                num_warps=4,
+                **overlapped_launch(indices.device),
             )
     return BlockTable(indices, counts, rows, selector.block_size, selector.query_block)

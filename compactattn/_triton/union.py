@@ -107,7 +107,10 @@ def store_rows(
                 tl.store(rows + head * q_blocks + i, row, mask=valid)
 
 
-@triton.jit(do_not_specialize=["dense_tail", "requests", "groups", "spans", "span", "q_blocks", "kv_blocks"])
+@triton.jit(
+    do_not_specialize=["dense_tail", "requests", "groups", "spans", "span", "q_blocks", "kv_blocks"],
+    do_not_specialize_on_alignment=["cu_seqlens_q", "seq_lens", "prompt_lens"],
+)
 def _unite_kernel(
     mask,
     keep,
