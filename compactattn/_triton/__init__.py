@@ -35,14 +35,3 @@ def capability(device: torch.device) -> tuple[int, int]:
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 for the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def overlapped_launch(device: torch.device) -> dict[str, bool]:
-    """Launch options of a kernel that calls `gdc_wait`: on Hopper and later it starts while its predecessor ends.
-
-    Such a kernel takes OVERLAP, waits for its predecessor before it reads what a kernel of this library wrote or
-    writes anything, and only then lets its successor start. So whatever was there before the first of a chain of
-    kernels (lengths, page table, queries) may be read without waiting by all but the first.
-    """
-    overlap = capability(device)[0] >= 9
-    return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}

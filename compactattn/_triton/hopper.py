@@ -689,5 +689,5 @@ def attend(
             },
             device=q.device,
             num_warps=4,
-            **schedule.OVERLAPPED,
+            launch_pdl=True,
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactattn._triton import INTERPRETED
+from compactattn._triton import INTERPRETED, capability
 
 #: compiled kernels by kernel, device, constants and what Triton specialises runtime arguments on
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -26,12 +26,28 @@ def _specialisation(arg: object) -> object:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: object, constants: dict[str, Any], device: torch.device, **options: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: object,
+    constants: dict[str, Any],
+    device: torch.device,
+    overlap: bool = False,
+    **options: Any,
 ) -> None:
     """`kernel[grid](*args, **constants, **options)`; the constants are the kernel's last parameters, in their order.
 
     The options, and the boxes and layouts of tensor descriptors, follow from the constants. The device is current.
+
+    `overlap` is for kernels with a last parameter OVERLAP: true on Hopper and later, where the kernel starts while its
+    predecessor ends (programmatic dependent launch). Such a kernel calls `gdc_wait` before it reads what a kernel of
+    this library wrote, or writes anything; what was there before the first of a chain of kernels (lengths, page
+    table, queries) may be read without waiting by all but the first.
     """
+    if overlap:
+        overlaps = capability(device)[0] >= 9
+        constants = {**constants, "OVERLAP": overlaps}
+        if overlaps:
+            options["launch_pdl"] = True
     if INTERPRETED:
         kernel[grid](*args, **constants, **options)
         return

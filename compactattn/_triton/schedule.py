@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from compactattn._triton import INTERPRETED, on_device
+from compactattn._triton import on_device
 from compactattn._triton.launch import launch
 from compactattn.data import BlockTable, PrefillBatch
 
@@ -33,9 +33,6 @@ PARTS = 4  # parts of divided tiles per program, at most: what scratch is held f
 #: fields of a tile: stages, masked stages (they come first), table row, entries of the row,
 #: 2 * (request, head, query block) + packed, first token, its position, query rows, first scratch slot
 FIELDS = 9
-
-#: programmatic dependent launch: a kernel starts while the one before it ends
-OVERLAPPED: dict[str, bool] = {} if INTERPRETED else {"launch_pdl": True}
 
 _STAGE = tl.constexpr(STAGE)
 _ROWS = tl.constexpr(ROWS)
@@ -249,7 +246,6 @@ def schedule_tiles(batch: PrefillBatch, table: BlockTable, group: int, programs:
     plan, filled, queue, queue_tiles, queue_parts, arrivals = torch.empty(
         sum(sizes), dtype=torch.int32, device=table.rows.device
     ).split(sizes)
-    overlap = not INTERPRETED
     with on_device(plan):
         launch(
             _plan_kernel,
@@ -270,11 +266,10 @@ def schedule_tiles(batch: PrefillBatch, table: BlockTable, group: int, programs:
                 "GROUP": group,
                 "GROUP_PADDED": triton.next_power_of_2(group),
                 "BLOCK_SIZE": table.block_size,
-                "OVERLAP": overlap,
             },
             device=plan.device,
             num_warps=4,
-            **OVERLAPPED,
+            overlap=True,
         )
         launch(
             _queue_kernel,
@@ -288,9 +283,9 @@ def schedule_tiles(batch: PrefillBatch, table: BlockTable, group: int, programs:
             slots,
             programs,
             scratch,
-            constants={"OVERLAP": overlap},
+            constants={},
             device=plan.device,
             num_warps=8,
-            **OVERLAPPED,
+            overlap=True,
         )
     return Schedule(plan, slots, queue, queue_tiles, queue_parts, arrivals, scratch)

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import capability, multiprocessors, on_device, overlapped_launch
+from compactattn._triton import capability, multiprocessors, on_device
+from compactattn._triton.launch import launch
 from compactattn._triton.summary import block_means
 from compactattn._triton.union import request_lens
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
@@ -299,7 +300,9 @@ def flash_prefill_scores(
     part_max = torch.empty((batch.size, heads, q_blocks, parts), dtype=torch.float32, device=q.device)
     if log_s.numel():
         with on_device(q):
-            _scores_kernel[(parts * programs, batch.size)](
+            launch(
+                _scores_kernel,
+                (parts * programs, batch.size),
                 q,
                 q.stride(0),
                 q.stride(1),
@@ -315,18 +318,21 @@ def flash_prefill_scores(
                 tiles,
                 parts,
                 triton.cdiv(tiles, parts),
-                HEADS=heads,
-                GROUP=group,
-                DIM=dim,
-                DIM_PADDED=triton.next_power_of_2(dim),
-                QUERY_BLOCK=selector.query_block,
-                BLOCK_SIZE=selector.block_size,
-                HEADS_TOGETHER=tuning.heads_together,
-                TILE=tuning.tile,
-                POSITIVE_SCALE=scale > 0,
-                PRECISE=q.dtype == torch.float32,
+                constants={
+                    "HEADS": heads,
+                    "GROUP": group,
+                    "DIM": dim,
+                    "DIM_PADDED": triton.next_power_of_2(dim),
+                    "QUERY_BLOCK": selector.query_block,
+                    "BLOCK_SIZE": selector.block_size,
+                    "HEADS_TOGETHER": tuning.heads_together,
+                    "TILE": tuning.tile,
+                    "POSITIVE_SCALE": scale > 0,
+                    "PRECISE": q.dtype == torch.float32,
+                },
+                device=q.device,
+                overlap=True,
                 num_warps=tuning.num_warps,
                 num_stages=tuning.num_stages,
-                **overlapped_launch(q.device),
             )
     return BlockScores(log_s[..., :kv_blocks], part_max)

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import on_device, overlapped_launch
+from compactattn._triton import on_device
+from compactattn._triton.launch import launch
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 
 SINCE_PAST, SINCE_INT, SINCE_TENSOR = 0, 1, 2
@@ -88,7 +89,9 @@ def _launch_unit_means(
     if units == 0:
         return
     with on_device(cache):
-        _unit_means_kernel[(units, kv.num_kv_heads, batch.size)](
+        launch(
+            _unit_means_kernel,
+            (units, kv.num_kv_heads, batch.size),
             cache,
             *cache.stride()[:3],
             kv.page_table,
@@ -99,15 +102,18 @@ def _launch_unit_means(
             since if isinstance(since, int) else 0,
             means,
             units,
-            PAGE_SIZE=kv.page_size,
-            UNIT=unit,
-            HEADS=kv.num_kv_heads,
-            DIM=kv.head_dim,
-            DIM_PADDED=triton.next_power_of_2(kv.head_dim),
-            SINCE=mode,
-            BY_PAGE=by_page,
+            constants={
+                "PAGE_SIZE": kv.page_size,
+                "UNIT": unit,
+                "HEADS": kv.num_kv_heads,
+                "DIM": kv.head_dim,
+                "DIM_PADDED": triton.next_power_of_2(kv.head_dim),
+                "SINCE": mode,
+                "BY_PAGE": by_page,
+            },
+            device=cache.device,
+            overlap=True,
             num_warps=4,
-            **overlapped_launch(cache.device),
         )
 
 
@@ -182,7 +188,9 @@ def block_means(
     else:
         means = summary.k_mean
     with on_device(kv.k):
-        _block_means_kernel[(triton.cdiv(blocks, blocks_per_program), heads, batch.size)](
+        launch(
+            _block_means_kernel,
+            (triton.cdiv(blocks, blocks_per_program), heads, batch.size),
             means,
             kv.page_table,
             kv.page_table.stride(0),
@@ -190,15 +198,18 @@ def block_means(
             result,
             units,
             blocks,
-            UNITS_PER_PAGE=kv.page_size // unit,
-            UNITS_PER_BLOCK=block_size // unit,
-            BLOCK_SIZE=block_size,
-            HEADS=heads,
-            DIM=dim,
-            DIM_PADDED=triton.next_power_of_2(dim),
-            BY_PAGE=summary is not None,
-            BLOCKS=blocks_per_program,
+            constants={
+                "UNITS_PER_PAGE": kv.page_size // unit,
+                "UNITS_PER_BLOCK": block_size // unit,
+                "BLOCK_SIZE": block_size,
+                "HEADS": heads,
+                "DIM": dim,
+                "DIM_PADDED": triton.next_power_of_2(dim),
+                "BY_PAGE": summary is not None,
+                "BLOCKS": blocks_per_program,
+            },
+            device=kv.k.device,
+            overlap=True,
             num_warps=4,
-            **overlapped_launch(kv.k.device),
         )
     return result

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import on_device, overlapped_launch
+from compactattn._triton import on_device
+from compactattn._triton.launch import launch
 from compactattn._triton.scores import MAX_PARTS
 from compactattn._triton.union import KEEP_TILE, last_block, row_count, row_members, store_rows
 from compactattn.data import BlockTable, GroupMask, PrefillBatch
@@ -43,8 +44,16 @@ def build_table(groups: GroupMask) -> BlockTable:
     counts = torch.zeros(num_rows, dtype=torch.int32, device=keep.device)
     if keep.numel():
         with on_device(keep):
-            _compact_kernel[(num_rows,)](
-                keep.view(torch.uint8), indices, counts, kv_blocks, TILE=KEEP_TILE, num_warps=4
+            launch(
+                _compact_kernel,
+                (num_rows,),
+                keep.view(torch.uint8),
+                indices,
+                counts,
+                kv_blocks,
+                constants={"TILE": KEEP_TILE},
+                device=keep.device,
+                num_warps=4,
             )
     return BlockTable(indices, counts, groups.rows.contiguous(), groups.block_size, groups.query_block)
 
@@ -184,7 +193,9 @@ def table_from_scores(
     rows = torch.empty((batch.size, heads, q_blocks), dtype=torch.int32, device=device)
     if num_rows:
         with on_device(indices):
-            _table_from_scores_kernel[(num_rows,)](
+            launch(
+                _table_from_scores_kernel,
+                (num_rows,),
                 scores.log_s,
                 scores.log_s.stride(2),
                 scores.part_max,
@@ -207,14 +218,17 @@ def table_from_scores(
                 span,
                 q_blocks,
                 kv_blocks,
-                HEADS_PER_GROUP=heads_per_group,
-                QUERY_BLOCK=selector.query_block,
-                BLOCK_SIZE=selector.block_size,
-                DENSE_END=dense_end,
-                MAX_PARTS=MAX_PARTS,
-                MEMBERS=min(16, 4 * triton.next_power_of_2(heads_per_group)),
-                TILE=KEEP_TILE,
+                constants={
+                    "HEADS_PER_GROUP": heads_per_group,
+                    "QUERY_BLOCK": selector.query_block,
+                    "BLOCK_SIZE": selector.block_size,
+                    "DENSE_END": dense_end,
+                    "MAX_PARTS": MAX_PARTS,
+                    "MEMBERS": min(16, 4 * triton.next_power_of_2(heads_per_group)),
+                    "TILE": KEEP_TILE,
+                },
+                device=indices.device,
+                overlap=True,
                 num_warps=4,
-                **overlapped_launch(indices.device),
             )
     return BlockTable(indices, counts, rows, selector.block_size, selector.query_block)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from compactattn._triton import on_device
+from compactattn._triton.launch import launch
 from compactattn.data import GroupMask, PrefillBatch, SelectionMask
 
 KEEP_TILE = 1024
@@ -197,7 +198,9 @@ def unite(selection: SelectionMask, batch: PrefillBatch, heads_per_group: int, s
     rows = torch.empty((batch.size, heads, q_blocks), dtype=torch.int32, device=mask.device)
     if keep.numel():
         with on_device(mask):
-            _unite_kernel[(num_rows, triton.cdiv(kv_blocks, KEEP_TILE))](
+            launch(
+                _unite_kernel,
+                (num_rows, triton.cdiv(kv_blocks, KEEP_TILE)),
                 mask.view(torch.uint8),
                 keep,
                 rows,
@@ -211,12 +214,15 @@ def unite(selection: SelectionMask, batch: PrefillBatch, heads_per_group: int, s
                 span,
                 q_blocks,
                 kv_blocks,
-                HEADS_PER_GROUP=heads_per_group,
-                HEADS_PADDED=triton.next_power_of_2(heads_per_group),
-                QUERY_BLOCK=selection.query_block,
-                BLOCK_SIZE=selection.block_size,
-                DENSE_END=dense_end,
-                TILE=KEEP_TILE,
+                constants={
+                    "HEADS_PER_GROUP": heads_per_group,
+                    "HEADS_PADDED": triton.next_power_of_2(heads_per_group),
+                    "QUERY_BLOCK": selection.query_block,
+                    "BLOCK_SIZE": selection.block_size,
+                    "DENSE_END": dense_end,
+                    "TILE": KEEP_TILE,
+                },
+                device=mask.device,
                 num_warps=4,
             )
     return GroupMask(keep.view(torch.bool), rows, selection.block_size, selection.query_block)
