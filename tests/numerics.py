@@ -227,7 +227,7 @@ def unrotated(x: Tensor, position: Tensor, selector: SeerGate) -> tuple[Tensor, 
     The angle is the float32 product that RoPE itself uses; cos and sin are off by at most two units of 2 ** -24, and
     two products, their sum and the scaling round once each.
     """
-    angle = (position.float()[:, None] * selector.inv_freq.float()).double()
+    angle = (position.float()[:, None] * selector.inv_freq.float().cpu()).double()
     low, high = x.double().chunk(2, dim=-1)
     turned = low * angle.cos() + high * angle.sin(), high * angle.cos() - low * angle.sin()
     error = 6 * ROUNDING * (low.abs() + high.abs()).repeat(1, 2)
@@ -267,7 +267,7 @@ def _gate_rule(step: Step, selector: SeerGate, b: int, h: int, span: slice, bloc
 
 def _rotated(x: Tensor, error: Tensor, position: int, selector: SeerGate) -> tuple[Tensor, Tensor]:
     """RoPE of a float64 vector [D] at a position, and what becomes of its error."""
-    angle = (torch.tensor(float(position)) * selector.inv_freq.float()).double()
+    angle = (torch.tensor(float(position)) * selector.inv_freq.float().cpu()).double()
     (low, high), (low_error, high_error) = x.chunk(2), error.chunk(2)
     turned = low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()
     off = low_error + high_error + 6 * ROUNDING * (low.abs() + high.abs())

@@ -136,6 +136,24 @@ def test_left_out_blocks_speak_through_their_means(backend: Backend, g: Geometry
     assert_corrected(step, table, out, lse)
 
 
+HARD = (
+    Geometry((130, 70), (450, 333), kv_heads=2, group=2, span=1, dtype=HALF),
+    Geometry((67, 0, 1), (531, 128, 300), kv_heads=3, group=2, heads_per_group=2, page_size=64, block_size=128, dim=80),
+    Geometry((129,), (700,), group=2, page_size=256, block_size=256, query_block=128, span=1, layout="stacked"),
+)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "structured"])
+@pytest.mark.parametrize("g", HARD, ids=str)
+def test_hard_places(backend: Backend, g: Geometry, kind: str) -> None:
+    """Several KV heads of several query heads, several query blocks and spans, blocks of several units and pages."""
+    step = make_step(g, backend.device, coherent=True)
+    table = table_of(backend, g, kind)
+    summary = backend.summarize(step.kv, step.batch, block_size=g.block_size, values=True)
+    out, lse = backend.attend(step.q, step.kv, step.batch, table, correction=summary, return_lse=True)
+    assert_corrected(step, table, out, lse)
+
+
 @for_all(examples=0.5, kind=st.sampled_from(MASKS))
 def test_without_correction_nothing_changes(backend: Backend, g: Geometry, kind: str) -> None:
     """Off is unchanged bit for bit, and reads no means."""
@@ -202,8 +220,11 @@ def test_prefill_corrects_with_its_summary(
 
 
 def test_a_row_without_entries_sees_the_means(backend: Backend) -> None:
-    """An empty table and one past block of equal tokens: out is their value, lse its score plus log 64."""
-    g = Geometry((3,), (67,), dtype=SINGLE)
+    """An empty table and one complete past block of equal tokens: out is their value, lse its score plus log 64.
+
+    The block that the past fills in part says nothing: it belongs to the current region.
+    """
+    g = Geometry((3,), (73,), dtype=SINGLE)
     step = make_step(g, backend.device)
     k, v = torch.ones_like(step.kv.k), torch.full_like(step.kv.v, 7.0)
     kv, q = PagedKV(k, v, step.kv.page_table), torch.full_like(step.q, 0.25)

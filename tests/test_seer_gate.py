@@ -52,6 +52,26 @@ def test_kept_is_what_exceeds_the_threshold(backend: Backend, g: Geometry, selec
     assert_selection(step, selector, mask)
 
 
+HARD = (
+    Geometry((130, 70), (450, 333), kv_heads=2, group=2, dtype=HALF),
+    Geometry((67, 0, 3), (531, 128, 300), kv_heads=3, group=2, page_size=64, block_size=128, query_block=64, dim=80),
+    Geometry((129,), (700,), group=2, page_size=256, block_size=256, query_block=128, layout="stacked"),
+    Geometry((200,), (450,), group=2, page_size=32, block_size=64, query_block=128, layout="odd"),
+)
+
+
+@pytest.mark.parametrize("g", HARD, ids=str)
+def test_hard_places(backend: Backend, g: Geometry) -> None:
+    """Several KV heads of several query heads, query blocks that differ from KV blocks, blocks of several units."""
+    step = make_step(g, backend.device, coherent=True)
+    frequencies = 10_000.0 ** -torch.linspace(0, 1, g.dim // 2)
+    sizes = {"block_size": g.block_size, "query_block": g.query_block}
+    for threshold in (0.02, 0.1, 0.2):
+        selector = SeerGate(gate_weights(g.heads, g.dim, 5), frequencies, 1.1, threshold, **sizes)
+        mask = backend.select(step.q, step.kv, step.batch, on(selector, backend.device)).mask
+        assert_selection(step, selector, mask)
+
+
 def test_float64_leaves_little_open() -> None:
     """The bound is tight enough to judge: over random steps under 1 % of the scored bits are within rounding."""
     shares: list[float] = []

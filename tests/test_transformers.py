@@ -222,6 +222,43 @@ def test_generate_with_prefill_chunks(kind: str, pads: tuple[int, ...] | None, s
     assert lengths == [(n, s) for n, s in ((96, 96), (96, 192), (96, 288), (12, 300)) for _ in range(2)]
 
 
+def test_beam_search_with_prefill_chunks() -> None:
+    ids, _ = prompt(1, 300)
+    run, results = model("Llama"), []
+    for name in ("compactattn", "sdpa"):
+        run.set_attn_implementation(name)
+        results.append(
+            run.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                num_beams=3,
+                num_return_sequences=3,
+                max_new_tokens=6,
+                min_new_tokens=6,
+                do_sample=False,
+                prefill_chunk_size=96,
+            )
+        )
+    assert torch.equal(*results)
+
+
+def test_compiled_decode_steps() -> None:
+    """A chunk after compiled decode steps, which nobody follows, equals one after steps that were followed."""
+    enable(selector=SPARSE, heads_per_group=2)
+    ids, _ = prompt(1)
+    run, results = model("Llama"), []
+    for compiled in (False, True):
+        cache = StaticCache(config=run.config, max_cache_len=320)
+        logits(run, "compactattn", ids, None, (128, 63), cache)
+        decode = torch.compile(run, backend="eager") if compiled else run
+        with torch.no_grad():
+            for n in range(191, 195):
+                decode(ids[:, n : n + 1], past_key_values=cache)
+        results.append(logits(run, "compactattn", ids, None, (100,), cache))
+    torch.compiler.reset()
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 # ---- layers and steps that are left to sdpa ----
 
 

@@ -132,7 +132,8 @@ def attend_corrected(
     column = torch.arange(kv_blocks, device=q.device)
     entries = torch.where(column < table.counts[:, None], table.indices, kv_blocks).long()
     listed = torch.zeros((len(entries), kv_blocks + 1), dtype=torch.int8, device=q.device).scatter_(1, entries, 1)
-    rows = 32 if q.dtype == torch.float32 else 64
+    precise = q.dtype == torch.float32  # no tensor cores: small tiles, and one stage, keep the products in registers
+    rows = 32 if precise else 64
     with on_device(q):
         _correction_kernel[(blocks * (table.query_block // rows), heads, batch.size)](
             q,
@@ -160,6 +161,7 @@ def attend_corrected(
             QUERY_BLOCK=table.query_block,
             BLOCK_SIZE=table.block_size,
             ROWS=rows,
-            TILE=32 if dim > 128 else 64,
+            TILE=32 if precise or dim > 128 else 64,
             num_warps=4,
+            num_stages=1 if precise else 3,
         )

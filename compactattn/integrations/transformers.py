@@ -27,7 +27,7 @@ by each chunk, and freed with the cache. They are only used while nothing else w
 `reset`, `reorder_cache` or a step of another attention implementation they are made anew. `SeerGate` undoes RoPE by
 position, so it needs what `generate` gives: position ids that count from each request's first token.
 
-Facts about transformers (5.0 to 5.23) that this file relies on: an attention function gets K and V as
+Facts about transformers (5.1 to 5.23) that this file relies on: an attention function gets K and V as
 [B, Hkv, L, D] after the cache's update, not repeated over heads, and after RoPE; L is the number of tokens for a
 `DynamicCache` and the capacity of a `StaticCache`; a mask function is called once per forward pass (twice with a
 `StaticCache`, the second time with what it returned the first time) and whatever it returns reaches the attention
@@ -183,8 +183,8 @@ def _mask(
 ) -> Tensor | None:
     """Say what the attention function shall do: a 2-D mask for compactattn, and what `sdpa` gets for all else.
 
-    The 2-D mask is bool [B, tokens seen so far, this step's included], False for left padding. Up to transformers 5.2
-    positions come as `cache_position`, an int64 tensor [q_length], later as `q_length` and `q_offset`.
+    The 2-D mask is bool [B, tokens seen so far, this step's included], False for left padding. Older transformers
+    (5.2) give positions as `cache_position`, an int64 tensor [q_length], newer ones (5.4) as `q_length` and `q_offset`.
     """
     position = others.get("cache_position")
     q_length = others["q_length"] if position is None else len(position)
