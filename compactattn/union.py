@@ -25,7 +25,8 @@ def unite(
         selection: bool [B, Hq, Qb, Kb].
         batch: the step that the selection was made for.
         heads_per_group: adjacent query heads of one KV group that share a row; divides Hq. "auto" picks per
-            request and KV head, on the device, what `compactattn.grouping` predicts to be fastest.
+            request and KV head, on the device, what `compactattn.grouping` predicts to be fastest (it says what that
+            costs).
         query_blocks_per_span: adjacent query blocks that share a row; None is the whole chunk, "auto" picks one block
             or the whole chunk.
         backend: None (by device), "triton" or "numba".

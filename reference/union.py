@@ -94,13 +94,14 @@ def _options(
 
 
 def _predicted_ps(finest: GroupMask, own: torch.Tensor, fixed_rows: int, n_heads: int, span: int) -> int:
-    """Sum over rows of max(members * blocks * arithmetic, blocks * bytes) + row, in picoseconds."""
-    costs, total = costs_of(finest.keep.device), 0
+    """max(sum over rows of members * blocks * arithmetic, blocks that any member reads * bytes) + rows * row."""
+    costs, rows, tile_blocks = costs_of(finest.keep.device), 0, 0
     for h in range(0, own.shape[0], n_heads):
         for i in range(0, own.shape[1], span):
             kept = [finest.keep[r] for r in own[h : h + n_heads, i : i + span].flatten() if r < fixed_rows]
             members = sum(int(keep.any()) for keep in kept)
             if members:
-                blocks = int(torch.stack(kept).any(0).sum())
-                total += max(members * blocks * costs.arithmetic_ps, blocks * costs.bytes_ps) + costs.row_ps
-    return total
+                rows += 1
+                tile_blocks += members * int(torch.stack(kept).any(0).sum())
+    read = finest.keep[[int(r) for r in own.flatten() if r < fixed_rows]].any(0).sum()
+    return max(tile_blocks * costs.arithmetic_ps, int(read) * costs.bytes_ps) + rows * costs.row_ps

@@ -82,15 +82,22 @@ def test_the_pick_of_the_reference(
 
 def predicted_ps(g: Geometry, table: BlockTable, dense_last_blocks: int) -> dict[tuple[int, int], int]:
     """The cost model over sets: (request, KV head) to picoseconds, rows of a prompt's end left out."""
-    listed, costs, total = entries(table), DEFAULT_COSTS, {}
+    listed, costs = entries(table), DEFAULT_COSTS
+    rows: dict[tuple[int, int], int] = {}
+    tile_blocks: dict[tuple[int, int], int] = {}
+    read: dict[tuple[int, int], set[int]] = {}
     for r, users in members(g, table).items():
         b, h, i = users[0]
         if reaches_end(g, b, i, dense_last_blocks):
             continue
-        blocks = len(listed[r])
-        time = max(len(users) * blocks * costs.arithmetic_ps, blocks * costs.bytes_ps) + costs.row_ps
-        total[b, h // g.group] = total.get((b, h // g.group), 0) + time
-    return total
+        where = (b, h // g.group)
+        rows[where] = rows.get(where, 0) + 1
+        tile_blocks[where] = tile_blocks.get(where, 0) + len(users) * len(listed[r])
+        read.setdefault(where, set()).update(listed[r])
+    return {
+        where: max(tile_blocks[where] * costs.arithmetic_ps, len(read[where]) * costs.bytes_ps) + n * costs.row_ps
+        for where, n in rows.items()
+    }
 
 
 @for_all(kind=masks, grouping=groupings, dense_last_blocks=st.sampled_from((0, 0, 1)))
@@ -160,6 +167,16 @@ def test_what_was_picked(backend: Backend) -> None:
     allowed = candidates(4, live_blocks(g, 0), "auto", "auto")
     for b, h in ((b, h) for b in range(2) for h in range(2)):
         assert (int(found.heads[b, h]), int(found.query_blocks[b, h])) in allowed
+
+
+def test_alike_heads_unite_and_others_do_not(backend: Backend) -> None:
+    """Heads that want the same blocks save rows in a union; heads that differ would only compute more."""
+    g = Geometry((200,), (3000,), kv_heads=2, group=4, query_block=64)
+    alike, batch = selection_of(g, backend.device, "alike"), g.batch(backend.device)
+    assert grouping_of(backend.unite(alike, batch, **AUTO), 2).heads.tolist() == [[4, 4]]
+    different = selection_of(g, backend.device, "half")
+    found = grouping_of(backend.unite(different, batch, **AUTO), 2)
+    assert (found.heads.tolist(), found.query_blocks.tolist()) == ([[1, 1]], [[1, 1]])
 
 
 @pytest.mark.parametrize("argument", ["heads_per_group", "query_blocks_per_span"])
