@@ -480,7 +480,7 @@ def attend(
     heads, dim = q.shape[1:]
     group = heads // kv.num_kv_heads
     q_blocks = batch.query_blocks(table.query_block)
-    if q_blocks == 0:
+    if q_blocks == 0 or q.shape[0] == 0:
         return
     capability = (0, 0) if INTERPRETED or not q.is_cuda else torch.cuda.get_device_capability(q.device)
     refusal = why_not_hopper(capability, q.dtype, dim, table.query_block)
