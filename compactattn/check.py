@@ -7,10 +7,17 @@ from itertools import pairwise
 import torch
 
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
-from compactattn.validation import check_cache, check_rows, fail
+from compactattn.validation import (
+    check_cache,
+    check_queries,
+    check_record,
+    check_rows,
+    check_rows_of_queries,
+    fail,
+)
 
 
-def check(kv: PagedKV, batch: PrefillBatch, table: BlockTable | None = None) -> None:
+def check(kv: PagedKV, batch: PrefillBatch, table: BlockTable | None = None, q: torch.Tensor | None = None) -> None:
     """Read lengths, page ids and tables on the host and refuse what the kernels would silently follow.
 
     Synchronises; meant for debugging and tests. Entries in the unused tail of the page table or of a row are
@@ -20,12 +27,17 @@ def check(kv: PagedKV, batch: PrefillBatch, table: BlockTable | None = None) -> 
         ValueError: a decreasing `cu_seqlens_q` or one that does not start at 0, more queries than keys, lengths above
             `max_q_len`, `max_seq_len` or the page table's capacity, a prompt shorter than its sequence, a page id out
             of range, or a row that is not strictly ascending, lists a block beyond the last one visible to a member,
-            lacks a block of the current region, or is unused but not empty.
+            lacks a block of the current region, or is unused but not empty; with `q` [T, Hq, D] also fewer rows than
+            `cu_seqlens_q` promises.
     """
     check_cache(kv, batch, kv.k.device)
     _check_lengths(kv, batch)
     _check_pages(kv, batch)
+    if q is not None:
+        check_queries(q, kv, batch)
+        check_rows_of_queries(q, batch)
     if table is not None:
+        check_record("table", table, "BlockTable")
         _check_table(kv, batch, table)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compactattn.validation import (
     BLOCK_SIZES,
+    DTYPES,
     HEAD_DIMS,
     QUERY_BLOCKS,
     check_choice,
@@ -82,6 +83,9 @@ class PrefillBatch:
         Raises:
             ValueError: lists of different length, a negative length, `q_len > seq_len`, `seq_len > prompt_len`.
         """
+        for name, lens in (("q_lens", q_lens), ("seq_lens", seq_lens), ("prompt_lens", prompt_lens)):
+            if not isinstance(lens, Sequence) and not (lens is None and name == "prompt_lens"):
+                raise fail(name, "a list of ints", type(lens).__name__)
         if len(q_lens) != len(seq_lens):
             raise fail("seq_lens", f"{len(q_lens)} entries, as in q_lens", len(seq_lens))
         if not q_lens:
@@ -101,6 +105,7 @@ class PrefillBatch:
         starts = [0]
         for q_len in q_lens:
             starts.append(starts[-1] + q_len)
+        check_int("the sum of q_lens", starts[-1], 0)
         return cls(
             cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=device),
             seq_lens=torch.tensor(list(seq_lens), dtype=torch.int32, device=device),
@@ -155,7 +160,7 @@ class PagedKV:
         check_tensor("k", self.k, ndim=4)
         check_tensor("v", self.v, ndim=4)
         check_tensor("page_table", self.page_table, ndim=2, dtype=torch.int32)
-        if not self.k.dtype.is_floating_point:
+        if self.k.dtype not in (*DTYPES, torch.float64):  # float64 for the reference alone
             raise fail("k", "dtype float16, bfloat16 or float32", self.k.dtype)
         if self.v.shape[-1] != self.k.shape[-1]:
             raise fail("v", f"value dimension {self.k.shape[-1]}, the same as k's", self.v.shape[-1])

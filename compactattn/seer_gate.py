@@ -127,6 +127,8 @@ def probabilities(
     unit = min(kv.page_size, selector.block_size)
     if summary is not None and summary.gate is not None:
         gate = summary.gate
+        if gate.rope_scale != float(selector.rope_scale):
+            raise fail("summary.gate", f"keys pooled with rope_scale {float(selector.rope_scale)}", gate.rope_scale)
     else:
         gate = empty_gate_keys(kv, unit, selector)
         update_gate(kv, batch, gate, unit, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compactattn.data import BlockTable, GroupMask
 from compactattn.dispatch import resolve_backend
+from compactattn.validation import check_record
 
 
 def build_table(groups: GroupMask, *, backend: str | None = None) -> BlockTable:
@@ -17,8 +18,9 @@ def build_table(groups: GroupMask, *, backend: str | None = None) -> BlockTable:
         BlockTable: indices int32 [R, Kb], the first counts[r] valid and the rest unspecified; counts int32 [R].
 
     Raises:
-        ValueError: a backend that cannot run here.
+        ValueError: another record than a GroupMask, or a backend that cannot run here.
     """
+    check_record("groups", groups, "GroupMask")
     chosen = resolve_backend(backend, groups.keep.device)
     if chosen == "triton":
         from compactattn._triton.table import build_table as run

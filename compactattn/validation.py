@@ -6,7 +6,6 @@ failure is a `ValueError` that names the argument, what was expected and what ca
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,6 +20,8 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MAX_HEADS_PER_KV_HEAD = 16
 BLOCK_SIZES = (64, 128, 256)
 QUERY_BLOCKS = (64, 128)
+MAX_INT = 2**31 - 1
+MAX_SCALE = torch.finfo(torch.float32).max
 
 
 def fail(name: str, expected: str, got: object) -> ValueError:
@@ -42,13 +43,24 @@ def check_shape(name: str, value: torch.Tensor, expected: tuple[int, ...], meani
         raise fail(name, f"shape {expected} ({meaning})", tuple(value.shape))
 
 
+def check_record(name: str, value: object, kind: str) -> None:
+    """One of the library's own records, by the name of its class."""
+    from compactattn import data
+
+    if not isinstance(value, getattr(data, kind)):
+        raise fail(name, f"a {kind}", type(value).__name__)
+
+
 def check_int(name: str, value: object, minimum: int) -> None:
+    """A Python int that an int32 can hold."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise fail(name, f"an int of at least {minimum}", repr(value))
+    if value > MAX_INT:
+        raise fail(name, f"an int of at most {MAX_INT}", value)
 
 
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if isinstance(value, bool) or value not in choices:
+def check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
+    if type(value) is not int or value not in choices:
         raise fail(name, "one of " + ", ".join(map(str, choices)), repr(value))
 
 
@@ -64,12 +76,23 @@ def check_same_device(name: str, value: torch.Tensor, device: torch.device) -> N
 
 
 def check_batch(q: torch.Tensor, batch: PrefillBatch) -> None:
+    check_record("batch", batch, "PrefillBatch")
     check_tensor("q", q, ndim=3)
     check_same_device("batch", batch.cu_seqlens_q, q.device)
+    if q.device.type == "cpu":  # on a GPU only `check` may look
+        check_rows_of_queries(q, batch)
+
+
+def check_rows_of_queries(q: torch.Tensor, batch: PrefillBatch) -> None:
+    """q holds every query of the batch; reads the last of `cu_seqlens_q`."""
+    queries = int(batch.cu_seqlens_q[-1])
+    if q.shape[0] < queries:
+        raise fail("q", f"at least the {queries} rows of batch.cu_seqlens_q[-1]", f"{q.shape[0]} rows")
 
 
 def check_queries(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
     """q [T, Hq, D] beside the cache and the batch that it will be used with."""
+    check_record("kv", kv, "PagedKV")
     check_batch(q, batch)
     if q.dtype not in DTYPES:
         raise fail("q", "dtype float16, bfloat16 or float32", q.dtype)
@@ -92,6 +115,8 @@ def check_queries(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
 
 def check_cache(kv: PagedKV, batch: PrefillBatch, device: torch.device) -> None:
     """The cache beside the batch: one page-table row per request, wide enough for `max_seq_len`."""
+    check_record("kv", kv, "PagedKV")
+    check_record("batch", batch, "PrefillBatch")
     check_same_device("kv", kv.k, device)
     check_same_device("batch", batch.cu_seqlens_q, device)
     if kv.page_table.shape[0] != batch.size:
@@ -119,6 +144,7 @@ def check_blocks(kv: PagedKV, block_size: int) -> None:
 def check_summary(
     summary: KVSummary, kv: PagedKV, block_size: int, *, values: bool = False, name: str = "summary"
 ) -> None:
+    check_record(name, summary, "KVSummary")
     unit = min(kv.page_size, block_size)
     if summary.unit != unit:
         raise fail(name, f"unit {unit} = min(page_size, block_size)", summary.unit)
@@ -143,6 +169,8 @@ def check_grouping(
     heads_per_group: int | Auto,
     query_blocks_per_span: int | Auto | None,
 ) -> None:
+    check_record("selection", mask, "SelectionMask")
+    check_record("batch", batch, "PrefillBatch")
     check_same_device("selection.mask", mask.mask, batch.cu_seqlens_q.device)
     heads = mask.mask.shape[1]
     extents = (batch.size, heads, batch.query_blocks(mask.query_block), batch.kv_blocks(mask.block_size))
@@ -193,6 +221,7 @@ def check_rows(name: str, table: GroupMask | BlockTable, q_heads: int, batch: Pr
 
 
 def check_table(table: BlockTable, q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
+    check_record("table", table, "BlockTable")
     check_rows("table", table, q.shape[1], batch)
     check_blocks(kv, table.block_size)
     if table.rows.numel() and not table.indices.shape[0]:
@@ -211,14 +240,39 @@ def check_out(out: torch.Tensor | None, q: torch.Tensor) -> None:
     check_same_device("out", out, q.device)
     if out.stride(-1) != 1:
         raise fail("out", "a contiguous last dimension (stride 1)", f"strides {out.stride()}")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise fail("out", "rows that do not overlap", f"strides {out.stride()}")
+    reach = 1
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                raise fail("out", "rows that do not overlap", f"strides {out.stride()}")
+            reach += stride * (size - 1)
+    if _overlap(out, q):
+        raise fail("out", "memory apart from q's", "an overlap")
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Do two tensors [T, H, D] of one shape and dtype share an element? Interleaved views of equal strides do not."""
+    if not a.numel() or not a.data_ptr():
+        return False
+    distance = (b.data_ptr() - a.data_ptr()) // a.element_size()
+    extents = [sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True)) for t in (a, b)]
+    if distance > extents[0] or -distance > extents[1]:
+        return False
+    if a.stride() != b.stride():
+        return True
+    (tokens, heads, dim), (token_stride, head_stride, _) = a.shape, a.stride()
+    for h in range(1 - heads, heads):
+        rest = distance - h * head_stride
+        t = round(rest / token_stride) if token_stride else 0
+        if abs(t) < tokens and abs(rest - t * token_stride) < dim:
+            return True
+    return False
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """The softmax scale: D^-0.5 unless given."""
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= MAX_SCALE:
         raise fail("scale", "a finite number or None", repr(scale))
     return float(scale)
