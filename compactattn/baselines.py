@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from compactattn.data import PagedKV, PrefillBatch
@@ -162,6 +161,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
     Returns:
         [n, Hq, D] in q's dtype.
     """
+    from torch.nn.attention.bias import causal_lower_right  # imports the compiler of PyTorch, which takes seconds
+
     scale = resolve_scale(scale, q.shape[-1])
     mask = causal_lower_right(q.shape[0], k.shape[1])
     out = scaled_dot_product_attention(
