@@ -16,6 +16,7 @@ from inspector.model import KINDS
 
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 _SMALLEST_MASS = 1e-4
+_AROUND = 110  # of a chart's height, for its legend and its axis: Streamlit fits everything into the height given
 _TOKENS = alt.Tooltip("tokens:N", title="tokens")
 
 
@@ -25,7 +26,11 @@ def quiet(dark: bool) -> str:
 
 
 def _blue(dark: bool) -> str:
-    return "#3d9be0" if dark else BLUE
+    return "#2f8be6" if dark else BLUE
+
+
+def _sky(dark: bool) -> str:
+    return "#b9e3fb" if dark else SKY
 
 
 def ramp(dark: bool) -> list[str]:
@@ -36,7 +41,7 @@ def ramp(dark: bool) -> list[str]:
 
 
 def kind_scale(dark: bool) -> alt.Scale:
-    colors = [quiet(dark), _blue(dark), ORANGE, SKY, GREEN]
+    colors = [quiet(dark), _blue(dark), ORANGE, _sky(dark), GREEN]
     return alt.Scale(domain=list(KINDS[1:]), range=colors)
 
 
@@ -67,37 +72,54 @@ def _boundary(at: int, dark: bool) -> alt.Chart:
     return rule.encode(x="at:Q")
 
 
-def head_chart(
+def mass_chart(
     frame: pd.DataFrame, begin: int, end: int, past_blocks: int, block_size: int, *, dark: bool
-) -> alt.VConcatChart:
-    """One head: exact mass above what the selector keeps, on one axis of KV blocks."""
-    rows = int(frame["query_block"].max()) + 1
-    height = max(110, min(260, 22 * rows))
-    hover = [
-        alt.Tooltip("query_block:O", title="query block"),
-        alt.Tooltip("queries:N", title="queries"),
-        alt.Tooltip("kv_block:N", title="KV block"),
-        _TOKENS,
-        alt.Tooltip("mass:Q", title="share of mass", format=".3%"),
-        alt.Tooltip("kind:N", title="kind"),
-        alt.Tooltip("in_table:N", title="in the table's row"),
-        alt.Tooltip("selected_by:N", title="heads that selected it"),
-    ]
-    base = alt.Chart(frame).mark_rect(strokeWidth=0)
+) -> alt.LayerChart:
+    """One head: which blocks hold its exact mass, query block by query block."""
+    return _head_panel(frame, _mass_color(dark), (begin, end), past_blocks, block_size, dark, more=24)
 
-    def panel(color: alt.Color, title: str) -> alt.LayerChart:
-        kv = alt.X("first:Q", **_kv_axis(begin, end, f"KV block of {block_size} tokens"))
-        cells = base.encode(x=kv, x2="end:Q", y=_query_axis(), color=color, tooltip=hover)
-        layers = [cells, _boundary(past_blocks, dark)] if begin < past_blocks < end else [cells]
-        return alt.layer(*layers).properties(height=height, title=title)
 
+def kinds_chart(
+    frame: pd.DataFrame, begin: int, end: int, past_blocks: int, block_size: int, *, dark: bool
+) -> alt.LayerChart:
+    """One head: what its selector keeps, and by which rule, on the same axes as `mass_chart`."""
     kinds = alt.Color("kind:N", scale=kind_scale(dark), legend=legend())
-    exact, kept = "Where the exact attention lies", "What is selected, and why"
-    return alt.vconcat(panel(_mass_color(dark), exact), panel(kinds, kept)).resolve_scale(color="independent")
+    return _head_panel(frame, kinds, (begin, end), past_blocks, block_size, dark)
 
 
-def _query_axis(title: str = "query block") -> alt.Y:
-    return alt.Y("query_block:O", title=title, axis=alt.Axis(labelOverlap=True))
+def _head_panel(
+    frame: pd.DataFrame,
+    color: alt.Color,
+    shown: tuple[int, int],
+    past_blocks: int,
+    block_size: int,
+    dark: bool,
+    more: int = 0,
+) -> alt.LayerChart:
+    begin, end = shown
+    rows = int(frame["query_block"].max()) + 1
+    cells = (
+        alt.Chart(frame)
+        .mark_rect(strokeWidth=0)
+        .encode(
+            x=alt.X("first:Q", **_kv_axis(begin, end, f"KV block of {block_size} tokens")),
+            x2="end:Q",
+            y=alt.Y("query_block:O", title="query block", axis=alt.Axis(labelOverlap=True, minExtent=24)),
+            color=color,
+            tooltip=[
+                alt.Tooltip("query_block:O", title="query block"),
+                alt.Tooltip("queries:N", title="queries"),
+                alt.Tooltip("kv_block:N", title="KV block"),
+                _TOKENS,
+                alt.Tooltip("mass:Q", title="share of mass", format=".3%"),
+                alt.Tooltip("kind:N", title="kind"),
+                alt.Tooltip("in_table:N", title="in the table's row"),
+                alt.Tooltip("selected_by:N", title="heads that selected it"),
+            ],
+        )
+    )
+    layers = [cells, _boundary(past_blocks, dark)] if begin < past_blocks < end else [cells]
+    return alt.layer(*layers).properties(height=_AROUND + more + max(130, min(280, 22 * rows)))
 
 
 def heads_chart(frame: pd.DataFrame, chosen: int, blocks: int, *, by_mass: bool, dark: bool) -> alt.Chart:
@@ -135,20 +157,25 @@ def heads_chart(frame: pd.DataFrame, chosen: int, blocks: int, *, by_mass: bool,
             ],
         )
         .add_params(pick)
-        .properties(height=max(220, min(760, heads * 46)))
+        .properties(height=_AROUND + max(160, min(760, heads * 44)))
     )
 
 
 def profile_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
     """Stacked bars: in which part of the context each head's mass lies."""
     order = ["sink", "far past", "window", "current region"]
-    scale = alt.Scale(domain=order, range=[ORANGE, _blue(dark), SKY, GREEN])
+    scale = alt.Scale(domain=order, range=[ORANGE, _blue(dark), _sky(dark), GREEN])
     return (
         alt.Chart(frame)
         .mark_bar()
         .encode(
             y=alt.Y("head:O", title="query head"),
-            x=alt.X("share:Q", title="share of the exact attention mass", axis=alt.Axis(format="%")),
+            x=alt.X(
+                "share:Q",
+                title="share of the exact attention mass",
+                axis=alt.Axis(format="%"),
+                scale=alt.Scale(domain=[0, 1]),
+            ),
             color=alt.Color("region:N", scale=scale, legend=legend()),
             order="order:Q",
             tooltip=[
@@ -158,46 +185,47 @@ def profile_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 alt.Tooltip("blocks for 90 %:Q", format=".1f", title="blocks that hold 90 %"),
             ],
         )
-        .properties(height=max(140, 26 * frame["head"].nunique()))
+        .properties(height=_AROUND + 24 * frame["head"].nunique())
     )
 
 
-def cascade_chart(frame: pd.DataFrame, blocks: int, past_blocks: int, *, dark: bool) -> alt.VConcatChart:
-    """Member masks, above their unions over query blocks, above the row that all of them share."""
-    titles = {
-        "members": "1  Masks of the members",
-        "heads": "2  United over the query blocks, each head for itself",
-        "group": "3  United over the heads, with the current region: the row of the block table",
-    }
-    color = alt.Color("share:N", scale=share_scale(dark), legend=legend("asked for by"))
-    panels = []
-    for stage, title in titles.items():
-        part = frame[frame["stage"] == stage]
-        lines = list(dict.fromkeys(part["line"]))
-        step = 11 if len(lines) > 16 else 16 if stage == "members" else 24
-        rows = pd.DataFrame({"line": lines, "first": 0, "end": blocks})
-        y = alt.Y("line:N", sort=lines, title=None, axis=alt.Axis(labelLimit=180, labelOverlap=True))
-        x = alt.X("first:Q", **_kv_axis(0, blocks, "KV block" if stage == "group" else ""))
-        back = alt.Chart(rows).mark_rect(color=quiet(dark), height={"band": 0.9}).encode(x=x, x2="end:Q", y=y)
-        bits = (
-            alt.Chart(part)
-            .mark_rect(strokeWidth=0, height={"band": 0.9})
-            .encode(
-                x=x,
-                x2="end:Q",
-                y=y,
-                color=color,
-                tooltip=[
-                    alt.Tooltip("line:N", title="line"),
-                    alt.Tooltip("first:Q", title="KV block"),
-                    _TOKENS,
-                    alt.Tooltip("asked_by:N", title="heads that asked for it"),
-                ],
-            )
+STAGES = {
+    "members": "1  Masks of the members",
+    "heads": "2  United over the query blocks, each head for itself",
+    "group": "3  United over the heads, with the current region: the row of the block table",
+}
+
+
+def cascade_chart(frame: pd.DataFrame, stage: str, blocks: int, past_blocks: int, *, dark: bool) -> alt.LayerChart:
+    """One stage of the cascade (a name of `STAGES`): a line per member, per head, or for the row that all share."""
+    part = frame[frame["stage"] == stage]
+    lines = list(dict.fromkeys(part["line"]))
+    step = {"members": 11 if len(lines) > 16 else 15, "heads": 22, "group": 30}[stage]
+    shown = stage == "members"  # one legend, above all three
+    rows = pd.DataFrame({"line": lines, "first": 0, "end": blocks})
+    axis = alt.Axis(labelLimit=150, labelOverlap=True, minExtent=130, ticks=False, domain=False)
+    y = alt.Y("line:N", sort=lines, title=None, axis=axis)
+    x = alt.X("first:Q", **_kv_axis(0, blocks, "KV block" if stage == "group" else None))
+    back = alt.Chart(rows).mark_rect(color=quiet(dark), height={"band": 0.88}).encode(x=x, x2="end:Q", y=y)
+    bits = (
+        alt.Chart(part)
+        .mark_rect(strokeWidth=0, height={"band": 0.88})
+        .encode(
+            x=x,
+            x2="end:Q",
+            y=y,
+            color=alt.Color("share:N", scale=share_scale(dark), legend=legend("asked for by") if shown else None),
+            tooltip=[
+                alt.Tooltip("line:N", title="line"),
+                alt.Tooltip("first:Q", title="KV block"),
+                _TOKENS,
+                alt.Tooltip("asked_by:N", title="heads that asked for it"),
+            ],
         )
-        layers = [back, bits, _boundary(past_blocks, dark)] if past_blocks else [back, bits]
-        panels.append(alt.layer(*layers).properties(title=title, height=step * len(lines)))
-    return alt.vconcat(*panels, spacing=14)
+    )
+    layers = [back, bits, _boundary(past_blocks, dark)] if past_blocks else [back, bits]
+    around = {"members": 95, "heads": 40, "group": 60}[stage]
+    return alt.layer(*layers).properties(height=around + step * len(lines))
 
 
 def responsibility_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
@@ -215,7 +243,7 @@ def responsibility_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
             order="order:Q",
             tooltip=["head:O", "what:N", "blocks:Q"],
         )
-        .properties(height=max(120, 34 * len(frame)))
+        .properties(height=_AROUND + 20 + 34 * len(frame))
     )
 
 
@@ -254,7 +282,7 @@ def sharing_chart(frame: pd.DataFrame, heads: int, span: str, *, dark: bool) -> 
     )
     here = frame[(frame["heads_per_group"] == heads) & (frame["span"] == span)]
     frame_mark = alt.Chart(here).mark_rect(fill=None, stroke=_blue(dark), strokeWidth=3).encode(x=x, y=y)
-    return (cells + text + frame_mark).properties(height=max(120, 44 * frame["heads"].nunique()))
+    return (cells + text + frame_mark).properties(height=70 + 46 * frame["heads"].nunique())
 
 
 def table_chart(frame: pd.DataFrame, chosen: int | None, *, dark: bool) -> alt.LayerChart:
@@ -286,7 +314,7 @@ def table_chart(frame: pd.DataFrame, chosen: int | None, *, dark: bool) -> alt.L
         here = frame[frame["block"] == chosen]
         marker = alt.Chart(here).mark_rule(color=PURPLE, strokeWidth=2).encode(x="middle:Q")
         layers.append(marker.transform_calculate(middle="datum.entry + 0.5"))
-    return alt.layer(*layers).properties(height=170)
+    return alt.layer(*layers).properties(height=_AROUND + 150)
 
 
 def pages_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
@@ -307,7 +335,7 @@ def pages_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 alt.Tooltip("readers:Q", title="(head, query block) pairs that read it"),
             ],
         )
-        .properties(height=max(60, min(420, 14 * lines)))
+        .properties(height=50 + max(40, min(420, 16 * lines)))
     )
 
 
@@ -327,7 +355,7 @@ def difference_chart(frame: pd.DataFrame, past_blocks: int, query_blocks: int, *
             color=alt.Color("where:N", scale=scale, legend=legend()),
             tooltip=["where:N", "query_block:O", "queries:N", alt.Tooltip("first:Q", title="KV block"), _TOKENS],
         )
-        .properties(height=max(110, min(280, 24 * query_blocks)))
+        .properties(height=_AROUND + max(110, min(280, 22 * query_blocks)))
     )
 
 

@@ -184,15 +184,12 @@ def frontier_figure(frame: pd.DataFrame, current: pd.DataFrame, measure: str) ->
     """What each budget buys: a curve per method, the current setting as a ring."""
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
+    column, title = MEASURES[measure]
     for name, part in frame.groupby("name", sort=False):
         ordered = part.sort_values("density")
-        axes.plot(
-            ordered["density"], ordered[measure], f"{_MARKERS[str(name)]}-", color=_METHODS[str(name)], label=name
-        )
-    axes.plot(
-        current["density"], current[measure], "o", markersize=14, fillstyle="none", color="black", label="current"
-    )
-    axes.set(xlabel="share of the past that is read", ylabel=MEASURES[measure])
+        axes.plot(ordered["density"], ordered[column], f"{_MARKERS[str(name)]}-", color=_METHODS[str(name)], label=name)
+    axes.plot(current["density"], current[column], "o", markersize=14, fillstyle="none", color="black", label="current")
+    axes.set(xlabel="share of the past that is read", ylabel=title)
     axes.legend(frameon=False)
     return figure
 

@@ -225,7 +225,7 @@ def sharing_frame(costs: Sequence[SharingCost], query_blocks: int) -> pd.DataFra
     frame = pd.DataFrame([asdict(cost) for cost in costs])
     frame["heads"] = frame["heads_per_group"].astype(str)
     whole = frame["query_blocks_per_span"] == query_blocks
-    frame["span"] = np.where(whole, "whole chunk", frame["query_blocks_per_span"].astype(str))
+    frame["span"] = np.where(whole, "chunk", frame["query_blocks_per_span"].astype(str))
     return frame
 
 

@@ -37,10 +37,8 @@ def guarded(work: Callable[[], None]) -> None:
         )
 
 
-def render(title: str, question: str, show: Callable[[View], None]) -> None:
-    """A page: its heading, then whatever `show` draws for the settings in the sidebar."""
-    st.title(title)
-    st.markdown(question)
+def render(show: Callable[[View], None]) -> None:
+    """What a page shows, under its heading, for the settings in the sidebar."""
     view = st.session_state.get(VIEW)
     if view is None:
         st.info("Choose what to look at in the sidebar.", icon=":material/arrow_back:")

@@ -26,13 +26,18 @@ def recall_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
     long = frame.melt(["query", "QUOKA sampled it", "text"], ["table", "QUOKA"], "method", "recall")
     long["method"] = long["method"].replace({"table": "block table"})
     floor = max(0.0, min(0.88, float(long["recall"].min()) - 0.02))
-    scale = alt.Scale(domain=[floor, 1.0], nice=False)
+    y = alt.Y(
+        "recall:Q",
+        title="share of its exact mass",
+        scale=alt.Scale(domain=[floor, 1.0], nice=False, zero=False),
+        axis=alt.Axis(format=".3~%"),
+    )
     points = (
         alt.Chart(long)
         .mark_point(filled=True, size=22, opacity=0.75)
         .encode(
             x=alt.X("query:Q", title="position of the query", scale=alt.Scale(zero=False, nice=False)),
-            y=alt.Y("recall:Q", title="share of its exact mass", scale=scale, axis=alt.Axis(format="%")),
+            y=y,
             color=_method_color(long, "method", dark),
             shape=_shape(long, "method"),
             tooltip=[
@@ -44,8 +49,8 @@ def recall_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
             ],
         )
     )
-    line = alt.Chart(pd.DataFrame({"recall": [LOW]})).mark_rule(strokeDash=[5, 4], color="#8a94a0").encode(y="recall:Q")
-    return (line + points).properties(height=280)
+    line = alt.Chart(pd.DataFrame({"recall": [LOW]})).mark_rule(strokeDash=[5, 4], color="#8a94a0").encode(y=y)
+    return (line + points).properties(height=360)
 
 
 def sampled_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
@@ -60,23 +65,24 @@ def sampled_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 "query:Q", title="token", scale=alt.Scale(domain=[begin, end], nice=False), axis=alt.Axis(format=",d")
             ),
             x2="end:Q",
-            color=alt.Color("sampled:N", scale=scale, legend=legend()),
+            y=alt.Y("sampled:N", sort=[SAMPLED, UNSAMPLED], title=None, axis=alt.Axis(labelLimit=170)),
+            color=alt.Color("sampled:N", scale=scale, legend=None),
             tooltip=[
                 alt.Tooltip("query:Q", format=",d"),
                 alt.Tooltip("sampled_by:N", title="asked by heads"),
                 "text:N",
             ],
         )
-        .properties(height=44)
+        .properties(height=165)
     )
 
 
-def recall_heat_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
-    """Mean recall of each head along the chunk, one panel per method; darker (brighter, in the dark) is worse."""
+def recall_heat_chart(frame: pd.DataFrame, method: str, *, dark: bool) -> alt.Chart:
+    """Mean recall of each head along the chunk under one method; the colours are the same for both methods."""
     low = min(0.9, float(frame["recall"].min()))
     scale = alt.Scale(domain=[1.0, low], range=ramp(dark), clamp=True)
     key = legend("mean recall", format=".0%", gradientLength=200)
-    panels = [
+    return (
         alt.Chart(frame[frame["method"] == method])
         .mark_rect()
         .encode(
@@ -91,10 +97,8 @@ def recall_heat_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 alt.Tooltip("worst:Q", format=".2%"),
             ],
         )
-        .properties(title=method, height=max(110, 18 * frame["head"].nunique()))
-        for method in dict.fromkeys(frame["method"])
-    ]
-    return alt.vconcat(*panels)
+        .properties(height=110 + 20 * frame["head"].nunique())
+    )
 
 
 def error_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
@@ -116,7 +120,7 @@ def error_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 alt.Tooltip("worst recall:Q", format=".2%"),
             ],
         )
-        .properties(height=240)
+        .properties(height=340)
     )
 
 
@@ -126,7 +130,7 @@ def scatter_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
         alt.Chart(frame)
         .mark_point(filled=True, size=70, opacity=0.85)
         .encode(
-            x=alt.X("density:Q", title="past given to the head", axis=alt.Axis(format="~%")),
+            x=alt.X("density:Q", title="past given to the head", axis=alt.Axis(format=".2~%")),
             y=alt.Y("error:Q", title="‖out - dense‖ / ‖dense‖", axis=alt.Axis(format="~g")),
             color=_method_color(frame, "selector", dark),
             shape=_shape(frame, "selector"),
@@ -142,18 +146,25 @@ def scatter_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
     )
 
 
+#: What a frontier can show against the budget: its name, its column, the title of its axis.
 MEASURES = {
-    "lost": "mean share of the mass that is missed",
-    "lost_worst": "share of the mass that the worst query misses",
-    "error": "mean ‖out - dense‖ / ‖dense‖",
-    "low": "share of queries under 90 % recall",
+    "missed mass, mean": ("lost", "mean share of the mass that is missed"),
+    "missed mass, worst query": ("lost_worst", "share of the mass that the worst query misses"),
+    "output error": ("error", "mean ‖out - dense‖ / ‖dense‖"),
+    "queries under 90 %": ("low", "share of queries under 90 % recall"),
 }
 
 
 def frontier_chart(frame: pd.DataFrame, current: pd.DataFrame, measure: str, *, dark: bool) -> alt.LayerChart:
     """What each budget buys: a curve per method, and the current setting as a ring."""
-    x = alt.X("density:Q", title="share of the past that is read (mean over the heads)", axis=alt.Axis(format="~%"))
-    y = alt.Y(f"{measure}:Q", title=MEASURES[measure], axis=alt.Axis(format="~%" if measure != "error" else "~g"))
+    x = alt.X(
+        "density:Q",
+        title="share of the past that is read (mean over the heads)",
+        axis=alt.Axis(format=".2~%"),
+        scale=alt.Scale(domainMin=0),
+    )
+    column, title = MEASURES[measure]
+    y = alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=".2~%" if column != "error" else "~g"))
     hover = [
         alt.Tooltip("name:N", title="method"),
         alt.Tooltip("value:Q", format=".4g", title="parameter"),
@@ -169,7 +180,7 @@ def frontier_chart(frame: pd.DataFrame, current: pd.DataFrame, measure: str, *, 
     ring = "#ffffff" if dark else "#000000"
     here = alt.Chart(current).mark_point(size=320, strokeWidth=2.5, color=ring).encode(x=x, y=y, tooltip=hover)
     label = alt.Chart(current).mark_text(align="left", dx=14, dy=-10, color=ring, fontSize=12, text="current setting")
-    return (lines + points + here + label.encode(x=x, y=y)).properties(height=360)
+    return (lines + points + here + label.encode(x=x, y=y)).properties(height=420)
 
 
 def measured_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
@@ -197,7 +208,7 @@ def measured_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
         )
     )
     diagonal = alt.Chart(pd.DataFrame({"t": [low, high]})).mark_line(strokeDash=[5, 4], color="#8a94a0")
-    return (diagonal.encode(x=alt.X("t:Q", scale=scale), y=alt.Y("t:Q", scale=scale)) + points).properties(height=300)
+    return (diagonal.encode(x=alt.X("t:Q", scale=scale), y=alt.Y("t:Q", scale=scale)) + points).properties(height=380)
 
 
 def prompt_chart(tokens: int, chunk: int, start: int, *, dark: bool) -> alt.Chart:
@@ -205,7 +216,7 @@ def prompt_chart(tokens: int, chunk: int, start: int, *, dark: bool) -> alt.Char
     rows = []
     for first in range(0, tokens, chunk):
         state = "past, in the cache" if first < start else "this chunk" if first == start else "still to come"
-        rows.append({"first": first, "end": min(first + chunk, tokens), "state": state})
+        rows.append({"lane": "prompt", "first": first, "end": min(first + chunk, tokens), "state": state})
     frame = pd.DataFrame(rows)
     names = ["past, in the cache", "this chunk", "still to come"]
     scale = alt.Scale(domain=names, range=["#8a94a0", "#009E73", quiet(dark)])
@@ -217,8 +228,9 @@ def prompt_chart(tokens: int, chunk: int, start: int, *, dark: bool) -> alt.Char
                 "first:Q", title="token", scale=alt.Scale(domain=[0, tokens], nice=False), axis=alt.Axis(format=",d")
             ),
             x2="end:Q",
+            y=alt.Y("lane:N", axis=None),
             color=alt.Color("state:N", scale=scale, legend=legend()),
             tooltip=[alt.Tooltip("first:Q", format=",d"), alt.Tooltip("end:Q", format=",d"), "state:N"],
         )
-        .properties(height=44)
+        .properties(height=165)
     )

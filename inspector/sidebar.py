@@ -15,7 +15,7 @@ from inspector import cached, model, sources
 from inspector.model import Setting
 from inspector.sources import About, Place, Recorded, Source, Synthetic
 
-SAMPLE, FILE, WORKLOAD = "sample", "capture", "synthetic"
+SAMPLE, FILE, WORKLOAD = "Sample", "File", "Synthetic"
 SELECTORS = ("FlashPrefill", "XAttention", "Oracle", "Dense")
 #: Each selector's own parameter: its label, its default, and the values that a sweep goes through.
 PARAMETERS = {
@@ -24,7 +24,7 @@ PARAMETERS = {
     "Oracle": ("mass", 0.95, (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)),
 }
 CHUNKS = (128, 256, 512, 1024, 2048)
-WHOLE = "whole chunk"
+WHOLE = "chunk"
 BOUND = {"bind": "query-params"}
 #: What suits a recorded prompt of a few thousand tokens, and the paper's setting for a long one.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -112,13 +112,11 @@ def _reset() -> None:
 
 
 def _ask_source() -> Source:
-    names = {SAMPLE: "Sample", FILE: "Capture", WORKLOAD: "Synthetic"}
     kind = st.segmented_control(
         "Where from",
-        list(names),
+        [SAMPLE, FILE, WORKLOAD],
         default=SAMPLE,
         key="data",
-        format_func=names.get,
         required=True,
         on_change=_reset,
         label_visibility="collapsed",
@@ -193,7 +191,7 @@ def _move(starts: list[int], by: int) -> None:
 def _ask_place(about: About) -> Place:
     left, right = st.columns(2)
     with left:
-        layer = _choose("Layer", "layer", about.layers, about.layers[0])
+        layer = _choose("Layer", "layer", about.layers, about.layers[-1])
     with right:
         chunk = _choose("Chunk, queries", "chunk", CHUNKS, DEFAULTS[_kind()]["chunk"])
     starts = sources.chunk_starts(about.tokens, chunk)
@@ -202,9 +200,7 @@ def _ask_place(about: About) -> Place:
             del st.session_state["start"]
         if st.session_state.pop("advance", False) and "start" in st.session_state:
             _move(starts, 1)
-        start = st.select_slider(
-            "First token of the chunk", starts, starts[-1], format_func="{:,}".format, key="start", **BOUND
-        )
+        start = st.select_slider("First token of the chunk", starts, starts[-1], key="start", **BOUND)
         _walk(starts)
     else:
         start = 0
@@ -286,5 +282,5 @@ def ask_sharing(selector: Selector, group: int, place: Place, kind: str, prefix:
     query_blocks = -(-(place.stop - place.start) // selector.query_block)
     spans = [WHOLE, *(str(n) for n in model.span_choices(query_blocks) if n < query_blocks)]
     with right:
-        span = _choose("Query blocks per span", f"{prefix}span", spans, WHOLE)
+        span = _choose("Blocks per span", f"{prefix}span", spans, WHOLE)
     return Setting(selector, heads, None if span == WHOLE else int(span))

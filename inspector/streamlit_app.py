@@ -16,25 +16,67 @@ HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
     sys.path.insert(0, str(HERE.parent))
 
+#: One page per question: file, title, icon, question.
 PAGES = (
-    ("data", "Data", ":material/database:"),
-    ("masks", "Masks", ":material/grid_on:"),
-    ("union", "Union", ":material/join_full:"),
-    ("tables", "Tables", ":material/view_column:"),
-    ("coverage", "Coverage against QUOKA", ":material/target:"),
-    ("what_if", "What if", ":material/tune:"),
-    ("compare", "Compare", ":material/compare_arrows:"),
+    (
+        "data",
+        "Data",
+        ":material/database:",
+        "What was recorded or drawn, and which part of the context do its heads attend to?",
+    ),
+    (
+        "masks",
+        "Masks",
+        ":material/grid_on:",
+        "Which blocks does each head's selector keep, and is that where its attention lies?",
+    ),
+    (
+        "union",
+        "Union",
+        ":material/join_full:",
+        "What does it cost that heads and query blocks share one list of blocks, and who causes it?",
+    ),
+    (
+        "tables",
+        "Tables",
+        ":material/view_column:",
+        "Which entries does the block table list, which pages does it read, and could any be spared?",
+    ),
+    (
+        "coverage",
+        "Coverage against QUOKA",
+        ":material/target:",
+        "How much of its exact attention does each query keep, and how does a token selection fare at the same budget?",
+    ),
+    (
+        "what_if",
+        "What if",
+        ":material/tune:",
+        "What would another threshold, selector or grouping buy, and what would it cost?",
+    ),
+    (
+        "compare",
+        "Compare",
+        ":material/compare_arrows:",
+        "How do two settings differ on the same chunk: in what they read, and in what they miss?",
+    ),
 )
 
 
 def main() -> None:
-    st.set_page_config(page_title="compactattn inspector", page_icon=":material/grid_view:", layout="wide")
+    st.set_page_config(
+        page_title="compactattn inspector", page_icon=str(HERE / "icon.png"), layout="wide", initial_sidebar_state=320
+    )
+    st.html("<style>[data-testid=stMainBlockContainer] {padding-top: 2.6rem}</style>")
     pages = [
         st.Page(HERE / "views" / f"{name}.py", title=title, icon=icon, url_path=name, default=name == "data")
-        for name, title, icon in PAGES
+        for name, title, icon, _ in PAGES
     ]
     chosen = st.navigation(pages)
-    from inspector import page, sidebar
+    st.title(chosen.title)
+    st.markdown(next(question for _, title, _, question in PAGES if title == chosen.title))
+    with st.spinner("Starting", show_time=False):  # the heading is there while PyTorch is imported
+        from inspector import page, sidebar
 
     def leave_view() -> None:
         st.session_state[page.VIEW] = None

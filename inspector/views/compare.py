@@ -26,8 +26,15 @@ def show(view: View) -> None:
     for column, name in zip(st.columns(len(numbers.columns)), numbers.columns, strict=True):
         here, there = numbers[name]
         text = "{:.2%}" if name.endswith("%") else "{:,.4g}"
-        label = name.removesuffix(", %")
-        column.metric(f"{label}: A → B", f"{text.format(here)} → {text.format(there)}", border=True)
+        column.metric(
+            f"{name.removesuffix(', %')}, B",
+            text.format(there),
+            f"A: {text.format(here)}",
+            delta_color="off",
+            delta_arrow="off",
+            border=True,
+            height="stretch",
+        )
 
     st.subheader(f"Head {view.head}: what its rows list of the past")
     found = model.difference(*readings, view.head)
@@ -78,4 +85,4 @@ def _numbers(view: View, setting: Setting) -> dict[str, float]:
     }
 
 
-page.render("Compare", "How do two settings differ on the same chunk: in what they read, and in what they miss?", show)
+page.render(show)

@@ -34,6 +34,7 @@ def show(view: View) -> None:
             delta_color="off",
             delta_arrow="off",
             border=True,
+            height="stretch",
         )
     for column, (label, judged) in zip(cards[1::2], (("Block table", ours), ("QUOKA", quoka.judged)), strict=True):
         tokens = judged.tokens.mean()
@@ -44,6 +45,7 @@ def show(view: View) -> None:
             delta_color="off",
             delta_arrow="off",
             border=True,
+            height="stretch",
         )
     if not observed.whole:
         st.caption(
@@ -56,17 +58,19 @@ def show(view: View) -> None:
     errors = frames.error_frame(ours, quoka)
     page.chart(quality_charts.recall_chart(recall, dark=view.dark))
     page.downloads(f"recall-head-{head}", page.drawn("recall_figure", recall, errors, head), lambda: recall)
-    left, right = st.columns(2, gap="large")
-    with left:
-        st.markdown("**Worst queries of the block table**")
-        _worst(recall.sort_values("table"))
-    with right:
-        st.markdown("**Worst queries of QUOKA**")
-        _worst(recall.sort_values("QUOKA"))
+    for tab, column in zip(
+        st.tabs(["Worst queries of the block table", "Worst of QUOKA"]), ("table", "QUOKA"), strict=True
+    ):
+        with tab:
+            _worst(recall.sort_values(column))
 
     _show_unsampled(view, observed, quoka)
     st.subheader("Every head along the chunk")
-    page.chart(quality_charts.recall_heat_chart(frames.recall_heat_frame(observed, ours, quoka), dark=view.dark))
+    heat = frames.recall_heat_frame(observed, ours, quoka)
+    for column, method in zip(st.columns(2, gap="large"), dict.fromkeys(heat["method"]), strict=True):
+        column.markdown(f"**{method}**")
+        with column:
+            page.chart(quality_charts.recall_heat_chart(heat, method, dark=view.dark))
     left, right = st.columns(2, gap="large")
     with left:
         st.subheader("Output error per head")
@@ -134,8 +138,4 @@ def _show_scatter(view: View, quoka) -> None:
     page.downloads("scatter", page.drawn("scatter_figure", frame), lambda: frame)
 
 
-page.render(
-    "Coverage against QUOKA",
-    "How much of its exact attention does each query keep, and how does a token selection fare at the same budget?",
-    show,
-)
+page.render(show)

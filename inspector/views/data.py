@@ -23,7 +23,7 @@ def show(view: View) -> None:
         ),
         strict=True,
     ):
-        column.metric(label, value, border=True)
+        column.metric(label, value, border=True, height="stretch")
     st.caption(f"{about.model} · {about.source} · {about.dtype}")
     page.chart(quality_charts.prompt_chart(about.tokens, place.stop - place.start, place.start, dark=view.dark))
 
@@ -56,8 +56,4 @@ def note_sampling(every: int) -> None:
         st.caption(f"Exact softmax of every {every}th query of each block; at this length all of them take too long.")
 
 
-page.render(
-    "Data",
-    "What was recorded or drawn, and which part of the context do its heads attend to?",
-    show,
-)
+page.render(show)

@@ -16,17 +16,33 @@ def show(view: View) -> None:
     past = reading.past_blocks
     cards = st.columns(4)
     cards[0].metric(
-        "Mask density, past", f"{reading.mask[head, :, :past].mean():.1%}" if past else "no past", border=True
+        "Mask density, past",
+        f"{reading.mask[head, :, :past].mean():.1%}" if past else "no past",
+        border=True,
+        height="stretch",
     )
-    cards[1].metric("Table density, past", f"{reading.density()[head]:.1%}" if past else "no past", border=True)
+    cards[1].metric(
+        "Table density, past", f"{reading.density()[head]:.1%}" if past else "no past", border=True, height="stretch"
+    )
     on_mask = (shares * (reading.mask[head] | ~reading.past)).sum(-1).mean()
-    cards[2].metric("Mass on the mask", f"{on_mask:.1%}", border=True, help="The current region is always read.")
-    cards[3].metric("Mass on the table's rows", f"{(shares * reading.listed(head)).sum(-1).mean():.1%}", border=True)
+    cards[2].metric(
+        "Mass on the mask", f"{on_mask:.1%}", border=True, height="stretch", help="The current region is always read."
+    )
+    cards[3].metric(
+        "Mass on the table's rows",
+        f"{(shares * reading.listed(head)).sum(-1).mean():.1%}",
+        border=True,
+        height="stretch",
+    )
 
     st.subheader(f"Head {head}")
     begin, end = _ask_blocks(reading.blocks)
     frame = frames.mask_frame(reading, mass, head, blocks=(begin, end))
-    page.chart(charts.head_chart(frame, begin, end, past, selector.block_size, dark=view.dark))
+    where = begin, end, past, selector.block_size
+    st.markdown("**Where the exact attention lies**")
+    page.chart(charts.mass_chart(frame, *where, dark=view.dark))
+    st.markdown("**What is selected, and why**")
+    page.chart(charts.kinds_chart(frame, *where, dark=view.dark))
     width = frames.bin_width(reading.query_blocks, end - begin, 10_000)
     notes = ["The dashed line is where the current region begins: from there on every visible block is read."]
     if width > 1:
@@ -94,4 +110,4 @@ def _show_all(view: View, reading, mass) -> None:
     page.downloads("all-heads", figure, lambda: summary)
 
 
-page.render("Masks", "Which blocks does each head's selector keep, and is that where its attention lies?", show)
+page.render(show)

@@ -16,9 +16,12 @@ def show(view: View) -> None:
     counts = reading.table.counts
     used = int((counts > 0).sum())
     cards = st.columns(4)
-    cards[0].metric("Rows of the table", f"{used}", border=True)
+    cards[0].metric("Rows of the table", f"{used}", border=True, height="stretch")
     cards[1].metric(
-        "Entries, longest / shortest row", f"{int(counts.max())} / {int(counts[counts > 0].min())}", border=True
+        "Entries, longest / shortest row",
+        f"{int(counts.max())} / {int(counts[counts > 0].min())}",
+        border=True,
+        height="stretch",
     )
     share = found.table_bytes / found.dense_bytes
     cards[2].metric(
@@ -28,6 +31,7 @@ def show(view: View) -> None:
         delta_color="off",
         delta_arrow="off",
         border=True,
+        height="stretch",
         help="16-bit queries, outputs, keys and values.",
     )
     cards[3].metric(
@@ -37,10 +41,11 @@ def show(view: View) -> None:
         delta_color="off",
         delta_arrow="off",
         border=True,
+        height="stretch",
     )
 
     st.subheader("The row, as the kernel walks it")
-    union = model.row_union(reading, view.head, ask_span(view, reading))
+    union = model.row_union(reading, view.head, ask_span(reading))
     frame = frames.table_frame(union, reading)
     blocks = [int(block) for block in frame["block"]]
     if st.session_state.get("entry", blocks[0]) not in blocks:
@@ -96,6 +101,4 @@ def _explain(view: View, reading, union, block: int) -> None:
     )
 
 
-page.render(
-    "Tables", "Which entries does the block table list, which pages does it read, and could any be spared?", show
-)
+page.render(show)

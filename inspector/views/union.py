@@ -23,11 +23,13 @@ def show(view: View) -> None:
     for column, (name, label) in zip(st.columns(4), names.items(), strict=True):
         growth = steps[name] / steps["mask"] if steps["mask"] else float("nan")
         delta = None if name == "mask" else f"{growth:.2f} times the masks"
-        column.metric(label, f"{steps[name]:.1%}", delta, delta_color="off", delta_arrow="off", border=True)
+        column.metric(
+            label, f"{steps[name]:.1%}", delta, delta_color="off", delta_arrow="off", border=True, height="stretch"
+        )
     st.caption("Share of the past that a (head, query block) pair reads, all heads of the layer.")
 
     st.subheader("From masks to one row")
-    union = model.row_union(reading, view.head, ask_span(view, reading))
+    union = model.row_union(reading, view.head, ask_span(reading))
     alone = int(union.alone().sum())
     past = int((union.listed & reading.past).sum())
     st.markdown(
@@ -37,7 +39,9 @@ def show(view: View) -> None:
         else f"Head {view.head} has the row to itself and lists {past} past blocks."
     )
     members = frames.members_frame(union, reading)
-    page.chart(charts.cascade_chart(members, reading.blocks, reading.past_blocks, dark=view.dark))
+    for stage, title in charts.STAGES.items():
+        st.markdown(f"**{title}**")
+        page.chart(charts.cascade_chart(members, stage, reading.blocks, reading.past_blocks, dark=view.dark))
 
     figure = page.drawn("cascade_figure", union, reading)
     page.downloads(f"union-row-{union.row}", figure, lambda: members)
@@ -61,4 +65,4 @@ def show(view: View) -> None:
     page.python(view, "density")
 
 
-page.render("Union", "What does it cost that heads and query blocks share one list of blocks, and who causes it?", show)
+page.render(show)

@@ -30,9 +30,7 @@ def _show_frontier(view: View) -> None:
         key="methods",
         **BOUND,
     )
-    measure = right.selectbox(
-        "Measure", list(quality_charts.MEASURES), format_func=quality_charts.MEASURES.get, key="measure", **BOUND
-    )
+    measure = right.selectbox("Measure", list(quality_charts.MEASURES), key="measure", **BOUND)
     current = _current(view)
     points = [(name, value) for name in methods for value in _values(name)]
     row = st.container(horizontal=True, vertical_alignment="center")
@@ -118,13 +116,14 @@ def _show_time(view: View) -> None:
     dense = ceilings.time_ms(found.dense_flops, found.dense_bytes)
     ratios = measured.typical_ratio("attend"), measured.typical_ratio("dense")
     cards = st.columns(4)
-    cards[0].metric("Estimate, this table", f"{sparse * 1e3:,.1f} µs", border=True)
-    cards[1].metric("Estimate, dense", f"{dense * 1e3:,.1f} µs", border=True)
-    cards[2].metric("Estimated speedup, at most", f"{dense / sparse:.1f} times", border=True)
+    cards[0].metric("Estimate, this table", f"{sparse * 1e3:,.1f} µs", border=True, height="stretch")
+    cards[1].metric("Estimate, dense", f"{dense * 1e3:,.1f} µs", border=True, height="stretch")
+    cards[2].metric("Estimated speedup, at most", f"{dense / sparse:.1f} times", border=True, height="stretch")
     cards[3].metric(
         "Measured ÷ estimate, median",
         f"{ratios[0]:.2f} / {ratios[1]:.2f}",
         border=True,
+        height="stretch",
         help="Of `attend` and of dense attention, over all measured cases below.",
     )
     st.markdown(
@@ -145,4 +144,4 @@ def _show_time(view: View) -> None:
         st.dataframe(frame, hide_index=True, height=320)
 
 
-page.render("What if", "What would another threshold, selector or grouping buy, and what would it cost?", show)
+page.render(show)
