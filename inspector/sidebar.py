@@ -28,7 +28,16 @@ WHOLE = "chunk"
 BOUND = {"bind": "query-params"}
 #: What suits a recorded prompt of a few thousand tokens, and the paper's setting for a long one.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    SAMPLE: {"chunk": 512, "block": 64, "qblock": 64, "sink": 1, "window": 2, "alpha": 0.1, "share": 2, "page": 16},
+    SAMPLE: {
+        "chunk": 512,
+        "block": 64,
+        "qblock": 64,
+        "sink": 1,
+        "window": 2,
+        "alpha": 0.1,
+        "share": 2,
+        "page_size": 16,
+    },
     WORKLOAD: {
         "chunk": 1024,
         "block": 128,
@@ -37,7 +46,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "window": 4,
         "alpha": 0.18,
         "share": 4,
-        "page": 128,
+        "page_size": 128,
     },
 }
 DEFAULTS[FILE] = DEFAULTS[SAMPLE]
@@ -86,7 +95,7 @@ def ask() -> View:
         st.subheader("Sharing")
         setting = ask_sharing(selector, about.group, place, _kind())
         with st.expander("Cache layout"):
-            page_size = _choose("Tokens per page", "page", sources.PAGE_SIZES, DEFAULTS[_kind()]["page"])
+            page_size = _choose("Tokens per page", "page_size", sources.PAGE_SIZES, DEFAULTS[_kind()]["page_size"])
     return View(source, about, place, page_size, st.session_state["head"], setting, st.context.theme.type == "dark")
 
 
@@ -216,6 +225,7 @@ def _walk(starts: list[int]) -> None:
     row.button("", key="forward", icon=":material/skip_next:", help="Next chunk", on_click=_move, args=(starts, 1))
     playing = row.toggle("Play", key="playing", help="Walk through the chunks, one every 1.5 seconds.")
     if playing:
+        st.session_state["ticked"] = False
         _tick()
 
 
