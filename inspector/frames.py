@@ -18,10 +18,13 @@ SAMPLED, UNSAMPLED = "asked by some head", "never asked"
 BOTH, ONLY_A, ONLY_B = "in both tables", "only in A", "only in B"
 
 
-def bin_width(rows: int, columns: int, cells: int) -> int:
-    """Adjacent KV blocks to draw as one, a power of two, so that at most `cells` are drawn."""
+CELLS = 4096  # of a heatmap: 8 query blocks of 512 cells, about as many as a line has pixels
+
+
+def bin_width(rows: int, columns: int, cells: int | None = CELLS) -> int:
+    """Adjacent KV blocks to draw as one, a power of two, so that at most `cells` are drawn; None draws all."""
     width = 1
-    while rows * -(-columns // width) > cells:
+    while cells is not None and rows * -(-columns // width) > cells:
         width *= 2
     return width
 
@@ -42,7 +45,7 @@ def _block_names(first: np.ndarray, width: int, blocks: int) -> list[str]:
 
 
 def mask_frame(
-    reading: Reading, mass: Mass, head: int, *, blocks: tuple[int, int] | None = None, cells: int = 10_000
+    reading: Reading, mass: Mass, head: int, *, blocks: tuple[int, int] | None = None, cells: int | None = CELLS
 ) -> pd.DataFrame:
     """One row per (query block, KV block or bin) that is visible: mass, kind, and which heads of the KV group chose it.
 
@@ -77,29 +80,32 @@ def mask_frame(
     return frame[kinds.ravel() > 0]
 
 
-def heads_frame(reading: Reading, mass: Mass, *, bins: int = 128) -> pd.DataFrame:
-    """All heads, each a strip of query blocks: one row per (head, query block, bin of KV blocks)."""
+def heads_frame(reading: Reading, mass: Mass, *, by_mass: bool = False, bins: int = 128) -> pd.DataFrame:
+    """All heads, each a strip of query blocks: one row per (head, query block, stretch of KV blocks).
+
+    A stretch is a bin of blocks; by kind, adjacent bins of one kind are a single stretch.
+    """
     width = bin_width(1, reading.blocks, bins)
     first = np.arange(0, reading.blocks, width)
-    parts = []
-    for head in range(reading.heads):
-        kinds = _binned(reading.kinds(head), width, "max")
-        shown = kinds > 0
-        i, j = shown.nonzero()
-        parts.append(
-            pd.DataFrame(
-                {
-                    "head": head,
-                    "query_block": i,
-                    "first": first[j],
-                    "end": np.minimum(first[j] + width, reading.blocks),
-                    "kind": np.array(KINDS, dtype=object)[kinds][shown],
-                    "mass": _binned(mass.share[head], width, "sum")[shown],
-                    "kept": _binned(reading.mask[head].astype(int), width, "sum")[shown],
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
+    kinds = np.stack([_binned(reading.kinds(head), width, "max") for head in range(reading.heads)])
+    begins = np.ones(kinds.shape, dtype=bool)
+    if not by_mass:
+        begins[..., 1:] = kinds[..., 1:] != kinds[..., :-1]
+    where = np.flatnonzero(begins)
+    head, query_block, column = np.unravel_index(where, kinds.shape)
+    ends = np.append(where[1:], kinds.size)  # a line's first bin begins a stretch, so none reaches into the next line
+    frame = pd.DataFrame(
+        {
+            "head": head,
+            "query_block": query_block,
+            "first": first[column],
+            "end": np.minimum(first[column] + (ends - where) * width, reading.blocks),
+            "kind": np.array(KINDS, dtype=object)[kinds.ravel()[where]],
+            "mass": np.add.reduceat(_binned(mass.share, width, "sum").ravel(), where),
+            "kept": np.add.reduceat(_binned(reading.mask.astype(int), width, "sum").ravel(), where),
+        }
+    )
+    return frame[kinds.ravel()[where] > 0]
 
 
 def heads_summary(reading: Reading, mass: Mass) -> pd.DataFrame:
@@ -363,7 +369,7 @@ def compare_frame(a: Reading, b: Reading, judged_a: Judged, judged_b: Judged) ->
     return pd.DataFrame(columns)
 
 
-def difference_frame(found: Difference, start: int, stop: int, *, cells: int = 10_000) -> pd.DataFrame:
+def difference_frame(found: Difference, start: int, stop: int, *, cells: int | None = CELLS) -> pd.DataFrame:
     """One row per (query block, past block or bin) and table: listed by both, by A only, by B only."""
     query_blocks, blocks = found.both.shape
     width = bin_width(query_blocks, blocks, cells) if blocks else 1

@@ -209,8 +209,11 @@ def describe(source: Source, capture: Capture | None = None) -> About:
         return About(*names, heads, source.kv_heads, HEAD_DIM, "float32")
     assert capture is not None
     first = capture.layers[0]
-    step = make_recorded_step(capture, Place(0, 0, 1), PAGE_SIZES[0])
-    check_queries(step.q, step.kv, step.batch)
+    try:
+        step = make_recorded_step(capture, Place(0, 0, 1), PAGE_SIZES[0])
+        check_queries(step.q, step.kv, step.batch)
+    except ValueError as error:
+        raise ValueError(f"{source.label}: {error}") from error
     text = capture.text if capture.text is not None and len(capture.text) == capture.tokens else None
     return About(
         label=source.label,

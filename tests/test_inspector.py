@@ -333,7 +333,7 @@ def test_the_python_of_the_sample_needs_no_file():
 
 def test_bins_keep_the_mass_and_never_hide_a_block(step):
     reading, mass = model.read(step, setting()), model.block_mass(step, 64, 64)
-    fine, coarse = (frames.mask_frame(reading, mass, 1, cells=cells) for cells in (10_000, 8))
+    fine, coarse = (frames.mask_frame(reading, mass, 1, cells=cells) for cells in (None, 8))
     assert frames.bin_width(4, 8, 8) == 4
     assert len(fine) == int(reading.visible.sum())
     assert coarse["mass"].sum() == pytest.approx(fine["mass"].sum(), abs=1e-5)
@@ -368,9 +368,16 @@ def test_frames_count_what_the_model_found(step):
     members = frames.members_frame(union, reading)
     group = members[members["stage"] == "group"]
     assert sorted(group["first"]) == np.flatnonzero(union.listed).tolist()
-    heads = frames.heads_frame(reading, mass)
-    assert len(heads) == HEADS * int(reading.visible.sum())
-    assert heads["kept"].sum() == int((reading.mask & reading.visible).sum())
+    strips = frames.heads_frame(reading, mass), frames.heads_frame(reading, mass, by_mass=True)
+    assert len(strips[1]) == HEADS * int(reading.visible.sum()) > len(strips[0])
+    for heads in strips:
+        assert heads["kept"].sum() == int((reading.mask & reading.visible).sum())
+        assert heads["mass"].sum() == pytest.approx(HEADS * reading.query_blocks, rel=1e-5)
+        painted = np.zeros(reading.mask.shape, dtype=int)
+        for _, stretch in heads.iterrows():
+            part = painted[stretch["head"], stretch["query_block"], stretch["first"] : stretch["end"]]
+            part[:] = model.KINDS.index(stretch["kind"])
+        assert np.array_equal(painted, np.stack([reading.kinds(head) for head in range(HEADS)]))
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -396,7 +403,7 @@ def test_everything_can_be_drawn(dark, place):
     drawn = [
         charts.mass_chart(mask, 0, blocks, past, 64, dark=dark),
         charts.kinds_chart(mask, 0, blocks, past, 64, dark=dark),
-        charts.heads_chart(frames.heads_frame(reading, mass), 1, blocks, by_mass=True, dark=dark),
+        charts.heads_chart(frames.heads_frame(reading, mass, by_mass=True), 1, blocks, by_mass=True, dark=dark),
         charts.heads_chart(frames.heads_frame(reading, mass), 1, blocks, by_mass=False, dark=dark),
         charts.profile_chart(frames.profile_frame(profiles), dark=dark),
         *(charts.cascade_chart(members, stage, blocks, past, dark=dark) for stage in charts.STAGES),

@@ -43,7 +43,7 @@ def show(view: View) -> None:
     page.chart(charts.mass_chart(frame, *where, dark=view.dark))
     st.markdown("**What is selected, and why**")
     page.chart(charts.kinds_chart(frame, *where, dark=view.dark))
-    width = frames.bin_width(reading.query_blocks, end - begin, 10_000)
+    width = frames.bin_width(reading.query_blocks, end - begin)
     notes = ["The dashed line is where the current region begins: from there on every visible block is read."]
     if width > 1:
         notes.append(f"Each cell stands for {width} blocks; narrow the range to see single ones.")
@@ -52,7 +52,7 @@ def show(view: View) -> None:
     st.caption(" ".join(notes))
 
     figure = page.drawn("mask_figure", reading, mass, head)
-    page.downloads(f"mask-head-{head}", figure, lambda: frames.mask_frame(reading, mass, head, cells=1 << 40))
+    page.downloads(f"mask-head-{head}", figure, lambda: frames.mask_frame(reading, mass, head, cells=None))
     _show_all(view, reading, mass)
     page.python(view)
 
@@ -90,7 +90,7 @@ def _show_all(view: View, reading, mass) -> None:
         )
         == "mass"
     )
-    grid = frames.heads_frame(reading, mass)
+    grid = frames.heads_frame(reading, mass, by_mass=by_mass)
     page.chart(
         charts.heads_chart(grid, view.head, reading.blocks, by_mass=by_mass, dark=view.dark),
         key="heads",
