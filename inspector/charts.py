@@ -50,7 +50,7 @@ def share_scale(dark: bool) -> alt.Scale:
 
 
 def legend(title: str | None = None, **more: object) -> alt.Legend:
-    return alt.Legend(title=title, orient="top", direction="horizontal", labelLimit=260, **more)
+    return alt.Legend(title=title, orient="top", direction="horizontal", labelLimit=260, symbolOpacity=1.0, **more)
 
 
 def _kv_axis(begin: int, end: int, title: str = "KV block") -> dict[str, object]:

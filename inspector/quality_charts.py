@@ -160,7 +160,7 @@ def frontier_chart(frame: pd.DataFrame, current: pd.DataFrame, measure: str, *, 
     x = alt.X(
         "density:Q",
         title="share of the past that is read (mean over the heads)",
-        axis=alt.Axis(format=".2~%"),
+        axis=alt.Axis(format=".2~%", tickCount=10),
         scale=alt.Scale(domainMin=0),
     )
     column, title = MEASURES[measure]
@@ -183,9 +183,10 @@ def frontier_chart(frame: pd.DataFrame, current: pd.DataFrame, measure: str, *, 
     return (lines + points + here + label.encode(x=x, y=y)).properties(height=420)
 
 
-def measured_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
-    """Measured times of attention against the bound that is used here as the estimate."""
-    low, high = float(frame["roofline_ms"].min()) * 0.8, float(frame[["roofline_ms", "p50_ms"]].max().max()) * 1.25
+def measured_chart(frame: pd.DataFrame, estimates: dict[str, float], *, dark: bool) -> alt.LayerChart:
+    """Measured times of attention against the bound that is used as the estimate; `estimates` in ms are marked."""
+    low = min(float(frame["roofline_ms"].min()), *estimates.values()) * 0.8
+    high = max(float(frame[["roofline_ms", "p50_ms"]].max().max()), *estimates.values()) * 1.25
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     names = {"attend": "block table", "dense": "Dense"}
     placed = frame.assign(method=frame["family"].map(names))
@@ -208,7 +209,13 @@ def measured_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
         )
     )
     diagonal = alt.Chart(pd.DataFrame({"t": [low, high]})).mark_line(strokeDash=[5, 4], color="#8a94a0")
-    return (diagonal.encode(x=alt.X("t:Q", scale=scale), y=alt.Y("t:Q", scale=scale)) + points).properties(height=380)
+    diagonal = diagonal.encode(x=alt.X("t:Q", scale=scale), y=alt.Y("t:Q", scale=scale))
+    here = pd.DataFrame({"what": list(estimates), "t": list(estimates.values())})
+    ink = "#e3e9f0" if dark else "#1c2530"
+    at = alt.X("t:Q", scale=scale)
+    rules = alt.Chart(here).mark_rule(color=ink, strokeWidth=1.5).encode(x=at)
+    names_at = alt.Chart(here).mark_text(align="left", dx=5, baseline="top", color=ink, y=4).encode(x=at, text="what:N")
+    return (diagonal + points + rules + names_at).properties(height=380)
 
 
 def prompt_chart(tokens: int, chunk: int, start: int, *, dark: bool) -> alt.Chart:

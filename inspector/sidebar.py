@@ -106,7 +106,7 @@ def _kind() -> str:
 def _choose(label: str, key: str, options: Sequence[Any], default: Any, **more: Any) -> Any:
     """A select box that is bound to the address and falls back to its default when its options change."""
     options = list(options)
-    if st.session_state.get(key, default) not in options:
+    if key in st.session_state and st.session_state[key] not in options:
         del st.session_state[key]
     index = options.index(default) if default in options else 0
     return st.selectbox(label, options, index, key=key, **BOUND, **more)
@@ -283,14 +283,14 @@ def parameter(name: str) -> float:
 
 
 def ask_sharing(selector: Selector, group: int, place: Place, kind: str, prefix: str = "") -> Setting:
-    """How many heads and query blocks share a table row."""
+    """How many heads and query blocks share a table row; the second setting of a comparison starts without sharing."""
     sizes = model.divisors(group)
-    wanted = DEFAULTS[kind]["share"]
+    wanted, whole = (1, "1") if prefix else (DEFAULTS[kind]["share"], WHOLE)
     left, right = st.columns(2)
     with left:
         heads = _choose("Heads per group", f"{prefix}share", sizes, wanted if wanted in sizes else sizes[-1])
     query_blocks = -(-(place.stop - place.start) // selector.query_block)
     spans = [WHOLE, *(str(n) for n in model.span_choices(query_blocks) if n < query_blocks)]
     with right:
-        span = _choose("Blocks per span", f"{prefix}span", spans, WHOLE)
+        span = _choose("Blocks per span", f"{prefix}span", spans, whole)
     return Setting(selector, heads, None if span == WHOLE else int(span))

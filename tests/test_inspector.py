@@ -418,7 +418,7 @@ def test_everything_can_be_drawn(dark, place):
         quality_charts.error_chart(errors, dark=dark),
         quality_charts.scatter_chart(scatter, dark=dark),
         *(quality_charts.frontier_chart(outcomes, outcomes[:1], name, dark=dark) for name in quality_charts.MEASURES),
-        quality_charts.measured_chart(frames.measured_frame(cost.load_measured()), dark=dark),
+        quality_charts.measured_chart(frames.measured_frame(cost.load_measured()), {"this table": 0.01}, dark=dark),
         quality_charts.prompt_chart(TOKENS, 200, place.start, dark=dark),
     ]
     for chart in drawn:

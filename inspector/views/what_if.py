@@ -135,7 +135,7 @@ def _show_time(view: View) -> None:
         "uneven length are not in it; a step of a few microseconds is bound by them."
     )
     frame = frames.measured_frame(measured)
-    page.chart(quality_charts.measured_chart(frame, dark=view.dark))
+    page.chart(quality_charts.measured_chart(frame, {"this table": sparse, "dense": dense}, dark=view.dark))
     st.caption(
         f"Measured results of this repository: {measured.gpu}, {measured.versions}, CUDA-graph replays, correctness "
         "gates passed. On the dashed line, a kernel reaches the bound."
