@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 VIEW = "view"  # where the sidebar leaves the reader's settings for the page
 
 
+def plain(text: str) -> str:
+    """Text from a file or an address as Markdown that shows it as it is: no images are fetched, no links made."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~$:&])", r"\\\1", " ".join(text.split()))
+
+
 def guarded(work: Callable[[], None]) -> None:
     """Run a part of the page; what it raises becomes a message that says what to do."""
     try:
@@ -26,7 +32,7 @@ def guarded(work: Callable[[], None]) -> None:
     except UndecidedError:
         pass
     except (OSError, ValueError) as error:
-        st.error(f"{' '.join(str(error).split())}\n\nChange the setting or the file that is named here.")
+        st.error(f"{plain(str(error))}\n\nChange the setting or the file that is named here.")
     except MemoryError:
         st.error("Not enough memory for this chunk. Choose a shorter prompt, fewer KV heads or a smaller chunk.")
     except Exception as error:
@@ -53,7 +59,7 @@ def context(view: View) -> str:
     span = setting.query_blocks_per_span
     grouping = f"{setting.heads_per_group} heads by {'whole chunk' if span is None else f'{span} query blocks'}"
     return (
-        f"{about.label} · layer {about.layers[place.layer]} · tokens {place.start:,} to {place.stop - 1:,} of "
+        f"{plain(about.label)} · layer {about.layers[place.layer]} · tokens {place.start:,} to {place.stop - 1:,} of "
         f"{about.tokens:,} · head {view.head} · {type(setting.selector).__name__} · {grouping}"
     )
 

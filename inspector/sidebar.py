@@ -161,7 +161,8 @@ def _ask_file() -> Recorded:
         st.info("Name a capture or upload one. Nothing else is read.", icon=":material/folder_open:")
         raise UndecidedError
     if st.session_state.get("opened", "").strip() != path:
-        st.warning(f"This link names a file on this machine: `{path}`. It is not read before you say so.")
+        st.warning("This link names a file on this machine. It is not read before you say so.")
+        st.code(path, language=None, wrap_lines=True)
         if not st.button("Open this file", icon=":material/lock_open:"):
             raise UndecidedError
         st.session_state["opened"] = path

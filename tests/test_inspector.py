@@ -495,6 +495,13 @@ def test_synthetic_chunks_are_drawn_at_their_own_context():
     assert sources.describe(drawn).tokens == 8192
 
 
+def test_text_from_files_is_no_markdown():
+    pytest.importorskip("streamlit")
+    from inspector.page import plain
+
+    assert plain("![x](http://a/b.png) **b** `c`\n# d") == (r"\!\[x\]\(http\://a/b\.png\) \*\*b\*\* \`c\` \# d")
+
+
 def test_no_module_hides_another_package():
     """Streamlit puts the inspector's folder on the path: a `coverage.py` in it would be imported by numba."""
     taken = {

@@ -304,17 +304,17 @@ def test_a_sweep_can_be_cancelled_and_finished(reader: Reader) -> None:
     reader.open("what_if", "?layer=2&chunk=256")
     cancel, sweep = (reader.tab.get_by_role("button", name=name) for name in ("Cancel", "Sweep 29 points"))
     sweep.click()
-    playwright.expect(cancel).to_be_enabled()
+    playwright.expect(cancel).to_be_enabled(timeout=60_000)
     reader.tab.get_by_test_id("stProgress").wait_for()
     cancel.click()
-    playwright.expect(cancel).to_be_disabled()
+    playwright.expect(cancel).to_be_disabled(timeout=60_000)
     reader.settle()
     done = reader.tab.get_by_text(re.compile(r"^\d+ of 29 points"))
     finished = int(done.inner_text().split()[0]) if done.count() else 0
     assert finished < 29
     sweep.click()
-    playwright.expect(reader.tab.get_by_text("29 of 29 points")).to_be_visible()
-    playwright.expect(cancel).to_be_disabled()
+    playwright.expect(reader.tab.get_by_text("29 of 29 points")).to_be_visible(timeout=60_000)
+    playwright.expect(cancel).to_be_disabled(timeout=60_000)
     reader.settle()
     reader.shoot("what_if-swept")
     reader.check()
@@ -328,18 +328,19 @@ def bad_files(folder: Path) -> list[tuple[Path, str]]:
     garbage.write_bytes(b"not a capture " * 50)
     cut = folder / "cut.safetensors"
     cut.write_bytes(good.read_bytes()[:-1000])
-    plain = folder / "plain.safetensors"
-    save_file({"weight": torch.zeros(4, 4)}, plain)
-    header = {"version": 99, "layers": [0], "model": "", "source": "", "rope_theta": 1.0, "scale": None}
+    header = {"version": 1, "layers": [], "model": "", "source": "", "rope_theta": 1.0, "scale": None}
+    hostile = folder / "hostile.safetensors"
+    image = "![image](http://198.51.100.1/seen.png)"  # shown as it is, not fetched: the reader's requests are watched
+    save_file({image: torch.zeros(1)}, hostile, {"compactattn": json.dumps(header)})
     newer = folder / "newer.safetensors"
-    save_file({"x": torch.zeros(1)}, newer, {"compactattn": json.dumps(header)})
+    save_file({"x": torch.zeros(1)}, newer, {"compactattn": json.dumps({**header, "version": 99})})
     odd = folder / "odd.safetensors"
     layer = CapturedLayer(0, *(torch.ones(40, heads, 72) for heads in (2, 1, 1)))
     save_capture(odd, dataclasses.replace(noise(), layers=(layer,)))
     return [
         (garbage, "expected a safetensors file"),
         (cut, "expected a safetensors file"),
-        (plain, "expected an entry 'compactattn'"),
+        (hostile, image),
         (newer, "format version: expected 1"),
         (odd, "head dimension of k: expected one of 64"),
     ]
@@ -380,16 +381,15 @@ def test_first_paint_and_interactions_at_128k_are_quick(browser: Any) -> None:
         reader.open("masks", "?data=Synthetic")
         assert "131,072 tokens" in reader.caption()
         times: dict[str, list[float]] = {}
-        for page in ("masks", "union", "tables", "coverage"):
+        for page, runs in (("masks", 20), ("union", 3), ("coverage", 5)):
             if page != "masks":
                 reader.go(page)
             slider = reader.tab.locator(".st-key-alpha input[type=range]")
             slider.focus()
-            runs = 20 if page == "masks" else 3
             times[page] = [reader.after(partial(slider.press, "ArrowRight")) for _ in range(runs)]
             reader.settle()
             reader.check()
-            if page in ("masks", "union"):
+            if page != "coverage":
                 reader.shoot(f"{page}-128k")
         reader.context.close()
     finally:

@@ -24,7 +24,7 @@ def show(view: View) -> None:
         strict=True,
     ):
         column.metric(label, value, border=True, height="stretch")
-    st.caption(f"{about.model} · {about.source} · {about.dtype}")
+    st.caption(f"{page.plain(about.model)} · {page.plain(about.source)} · {about.dtype}")
     page.chart(quality_charts.prompt_chart(about.tokens, place.stop - place.start, place.start, dark=view.dark))
 
     st.subheader("Where do the heads look?")
@@ -47,7 +47,7 @@ def show(view: View) -> None:
         with st.expander("The chunk's text", icon=":material/article:"):
             text = about.text[place.start : place.stop].decode("utf-8", "replace")
             st.code(text, language=None, height=260)
-            st.caption(f"The first query in its surroundings: {excerpt(about.text, place.start)}")
+            st.caption(f"The first query in its surroundings: {page.plain(excerpt(about.text, place.start))}")
     page.python(view)
 
 
