@@ -92,6 +92,8 @@ def ask() -> View:
         place = _ask_place(about)
         st.subheader("Selector")
         selector = ask_selector(_kind())
+        if isinstance(selector, Oracle) and place.stop > 16384:
+            st.caption("Oracle computes the exact attention of every query first: seconds at this length.")
         st.subheader("Sharing")
         setting = ask_sharing(selector, about.group, place, _kind())
         with st.expander("Cache layout"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import streamlit as st
 
 from inspector import cached, frames, page, quality_charts
+from inspector.recall import Observed, Quoka
 from inspector.sidebar import BOUND, PARAMETERS, View, parameter, with_selector
 
 EQUAL, PAPER = "same budget", "QUOKA's 25 %"
@@ -82,7 +84,7 @@ def show(view: View) -> None:
     page.python(view, "recall")
 
 
-def _worst(recall) -> None:
+def _worst(recall: pd.DataFrame) -> None:
     percent = st.column_config.NumberColumn(format="percent")
     columns = ["query", "table", "QUOKA", "QUOKA sampled it", "text"]
     st.dataframe(
@@ -92,7 +94,7 @@ def _worst(recall) -> None:
     )
 
 
-def _show_unsampled(view: View, observed, quoka) -> None:
+def _show_unsampled(view: View, observed: Observed, quoka: Quoka) -> None:
     """The queries that had no voice in QUOKA, and how they fare."""
     st.subheader("Whom QUOKA never asked")
     group = slice(view.kv_head * view.about.group, (view.kv_head + 1) * view.about.group)
@@ -115,7 +117,7 @@ def _show_unsampled(view: View, observed, quoka) -> None:
     page.downloads("quoka-sampled", page.drawn("sampled_figure", frame), lambda: frame)
 
 
-def _show_scatter(view: View, quoka) -> None:
+def _show_scatter(view: View, quoka: Quoka) -> None:
     """The other selectors with their own settings from the address, in the same grouping."""
     current = type(view.setting.selector).__name__
     short = view.place.stop <= 16384

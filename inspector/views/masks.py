@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from inspector import cached, charts, frames, page
+from inspector.model import Mass, Reading
 from inspector.sidebar import BOUND, View
 
 
@@ -75,7 +76,7 @@ def _pick() -> None:
         st.session_state["head"] = int(picked[0]["head"])
 
 
-def _show_all(view: View, reading, mass) -> None:
+def _show_all(view: View, reading: Reading, mass: Mass) -> None:
     st.subheader("All heads of the layer")
     st.markdown("Each strip is one head, its lines are the query blocks. Click a strip to enlarge its head above.")
     by_mass = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from inspector import cached, charts, cost, frames, model, page
+from inspector.model import GroupUnion, Reading
 from inspector.sidebar import BOUND, View
 from inspector.spans import ask_span
 
@@ -56,7 +57,7 @@ def show(view: View) -> None:
     left, right = st.columns([1, 2], gap="large")
     with left:
         entry = st.selectbox("Entry: KV block", blocks, key="entry", **BOUND)
-        _explain(view, reading, union, entry)
+        _explain(reading, union, entry)
     with right:
         mass = cached.mass(*view.at, reading.setting.selector.block_size, reading.setting.selector.query_block)
         needed = frames.needed_frame(union, mass, entry) if entry < reading.past_blocks else None
@@ -85,7 +86,7 @@ def _pick() -> None:
         st.session_state["entry"] = int(picked[0]["block"])
 
 
-def _explain(view: View, reading, union, block: int) -> None:
+def _explain(reading: Reading, union: GroupUnion, block: int) -> None:
     """Why this entry cannot be spared."""
     size = reading.setting.selector.block_size
     tokens = f"tokens {block * size:,} to {min((block + 1) * size, reading.stop) - 1:,}"

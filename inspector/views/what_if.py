@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from inspector import cached, cost, frames, page, quality_charts
 from inspector.recall import Outcome
@@ -68,7 +69,7 @@ def _show_frontier(view: View) -> None:
     page.downloads("frontier", figure, lambda: frames.outcome_frame([current, *done]))
 
 
-def _draw(view: View, plot, done: list[Outcome], current: Outcome, measure: str) -> None:
+def _draw(view: View, plot: DeltaGenerator, done: list[Outcome], current: Outcome, measure: str) -> None:
     chart = quality_charts.frontier_chart(
         frames.outcome_frame(done or [current]), frames.outcome_frame([current]), measure, dark=view.dark
     )
