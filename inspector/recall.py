@@ -21,7 +21,7 @@ from inspector.model import Reading
 from inspector.sources import Step
 
 _SCORES_AT_ONCE = 1 << 26
-_UNIT = 128  # one run ends at each multiple of this many queries, inside one query block of either size
+_UNIT = 256  # one run ends at each multiple of this many queries, inside one query block of either size
 _LONGEST_RUN = 64
 LOW = 0.9  # SPEC: the recall under which a query is counted
 
