@@ -57,11 +57,16 @@ def context(view: View) -> str:
     """One line: what is looked at."""
     about, place, setting = view.about, view.place, view.setting
     span = setting.query_blocks_per_span
-    grouping = f"{setting.heads_per_group} heads by {'whole chunk' if span is None else f'{span} query blocks'}"
+    members = "whole chunk" if span is None else _count(span, "query block")
+    grouping = f"{_count(setting.heads_per_group, 'head')} by {members}"
     return (
         f"{plain(about.label)} · layer {about.layers[place.layer]} · tokens {place.start:,} to {place.stop - 1:,} of "
         f"{about.tokens:,} · head {view.head} · {type(setting.selector).__name__} · {grouping}"
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def need_past(view: View) -> bool:

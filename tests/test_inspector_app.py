@@ -97,7 +97,7 @@ def test_settings_stay_across_pages_and_reach_them(capture_file):
     assert metrics(app)["Table density, past"] == f"{reading.density()[3]:.1%}"
     assert reading.mask[3, :, :8].mean() < 1
     for page in PAGES[2:]:
-        assert "head 3 · FlashPrefill · 1 heads by 1 query blocks" in context(fine(visit(app, page)))
+        assert "head 3 · FlashPrefill · 1 head by 1 query block" in context(fine(visit(app, page)))
     assert app.slider(key="alpha").value == 0.97
     cascade = reading.cascade.densities()
     assert metrics(visit(app, "union"))["Masks"] == f"{cascade['mask']:.1%}"
