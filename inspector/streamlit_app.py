@@ -65,7 +65,7 @@ PAGES = (
 
 def main() -> None:
     st.set_page_config(
-        page_title="compactattn inspector", page_icon=str(HERE / "icon.png"), layout="wide", initial_sidebar_state=320
+        page_title="compactattn inspector", page_icon=str(HERE / "icon.svg"), layout="wide", initial_sidebar_state=320
     )
     st.html("<style>[data-testid=stMainBlockContainer] {padding-top: 2.6rem}</style>")
     pages = [

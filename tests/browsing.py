@@ -67,7 +67,7 @@ class Reader:
         size = {"width": 1440, "height": 1000}
         self.context = browser.new_context(viewport=size, color_scheme=theme, accept_downloads=True)
         self.tab = self.context.new_page()
-        self.tab.set_default_timeout(60_000)
+        self.tab.set_default_timeout(150_000)
         self.tab.on("console", lambda message: self._note(message.type, message.text, message.location.get("url", "")))
         self.tab.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
         self.tab.on("request", lambda request: self._check_address(request.url))
