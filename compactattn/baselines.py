@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from compactattn.data import PagedKV, PrefillBatch
@@ -91,12 +90,33 @@ def quoka_select(
         counts = kept[request.index]
         if max(counts) == 0:
             continue
-        slots = _representatives(q[request.rows].to(dtype), kv_heads, _share(query_ratio, request.q_len))
+        queries = q[request.rows].to(dtype)
+        slots = _representatives(queries, kv_heads, sampled_queries(queries, query_ratio=query_ratio))
         scores = _token_scores(kv, request, slots)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         for h, count in enumerate(counts):
             tokens[request.index, h, :count] = order[h, :count].sort().values
     return QuokaSelection(tokens, torch.tensor(kept, dtype=torch.int32, device=q.device))
+
+
+def sampled_queries(q: Tensor, *, query_ratio: float = 0.25) -> Tensor:
+    """The queries that QUOKA lets speak for one request: those least like their head's mean query.
+
+    Args:
+        q: [n, Hq, D] with n >= 1, the request's queries after RoPE, float32 or float64.
+        query_ratio: share of them that speak, rounded up, at least one.
+
+    Returns:
+        int64 [ceil(query_ratio * n), Hq], indices into the n queries of each head, by ascending cosine similarity
+        (ties: the lower position).
+
+    Raises:
+        ValueError: a ratio outside 0 to 1.
+    """
+    check_tensor("q", q, ndim=3)
+    check_fraction("query_ratio", query_ratio)
+    similarity = (normalize(q, dim=-1) * normalize(q.mean(0), dim=-1)).sum(-1)
+    return similarity.argsort(dim=0, stable=True)[: _share(query_ratio, len(q))]
 
 
 def quoka_attention(
@@ -141,6 +161,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
     Returns:
         [n, Hq, D] in q's dtype.
     """
+    from torch.nn.attention.bias import causal_lower_right  # imports the compiler of PyTorch, which takes seconds
+
     scale = resolve_scale(scale, q.shape[-1])
     mask = causal_lower_right(q.shape[0], k.shape[1])
     out = scaled_dot_product_attention(
@@ -250,13 +272,10 @@ def _kept_tokens(batch: PrefillBatch, kv_heads: int, kv_ratio: float, budget: in
     return kept
 
 
-def _representatives(q: Tensor, kv_heads: int, count: int) -> Tensor:
-    """QUOKA's averaged queries [Hkv, count, D], from the queries [n, Hq, D] of one request."""
-    unit = normalize(q, dim=-1)
-    similarity = (unit * normalize(q.mean(0), dim=-1)).sum(-1)
-    chosen = similarity.argsort(dim=0, stable=True)[:count]
-    slots = unit.gather(0, chosen[..., None].expand(-1, -1, q.shape[-1]))
-    return slots.view(count, kv_heads, -1, q.shape[-1]).mean(2).transpose(0, 1)
+def _representatives(q: Tensor, kv_heads: int, chosen: Tensor) -> Tensor:
+    """QUOKA's averaged queries [Hkv, count, D], from the queries [n, Hq, D] of one request and the chosen ones."""
+    slots = normalize(q, dim=-1).gather(0, chosen[..., None].expand(-1, -1, q.shape[-1]))
+    return slots.view(len(chosen), kv_heads, -1, q.shape[-1]).mean(2).transpose(0, 1)
 
 
 def _token_scores(kv: PagedKV, request: _Request, slots: Tensor) -> Tensor:

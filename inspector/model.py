@@ -1,177 +1,346 @@
-"""Settings in, results out: everything that the inspector shows of one chunk. Pure functions, no streamlit."""
+"""Settings in, results out: what one chunk reads, who asked for it, and which queries need it. No streamlit here."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
-from compactattn import BlockTable, Selector, build_table, select, unite
-from compactattn.capture import Capture, load_capture, sample_path
-from compactattn.demo import PagedPrompt, best_device
+from compactattn import BlockTable, KVSummary, SelectionMask, Selector, build_table, select, summarize, unite
+from compactattn._numba.threads import run_each
 from compactattn.quality import DensityCascade, density_cascade
+from compactattn.selection import block_rules
+from compactattn.selectors import FlashPrefill
+from compactattn.union import span_blocks
+from inspector.sources import Step
+
+#: What a cell of a mask is, by its number in `Reading.kinds`; 0 is a block that no row of the query block sees.
+KINDS = ("not visible", "left out", "selected by score", "sink", "window", "current region")
+NOT_VISIBLE, LEFT_OUT, SELECTED, SINK, WINDOW, CURRENT = range(len(KINDS))
+_SCORES_AT_ONCE = 1 << 26  # (query, key) scores that one view computes at most; beyond, it samples queries
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to look at, and how its blocks are selected.
+class Setting:
+    """How blocks are selected, and which (head, query block) pairs share a table row."""
 
-    Attributes:
-        layer: index into the capture's layers.
-        start, stop: the chunk's positions.
-        head: query head.
-        selector: what proposes blocks.
-        heads_per_group: heads that share a table row.
-        query_blocks_per_span: query blocks that share a table row; None is the whole chunk.
-    """
-
-    layer: int
-    start: int
-    stop: int
-    head: int
     selector: Selector
     heads_per_group: int
     query_blocks_per_span: int | None = None
 
+    @property
+    def grouping(self) -> dict[str, int | None]:
+        """The arguments of `unite`."""
+        return {"heads_per_group": self.heads_per_group, "query_blocks_per_span": self.query_blocks_per_span}
+
 
 @dataclass(frozen=True, eq=False)
-class Inspection:
-    """One chunk seen by one head and by its execution group; Qb query blocks, Kb KV blocks, S spans.
+class Reading:
+    """What one setting reads in one chunk: Hq heads, Qb query blocks, Kb KV blocks, R table rows.
 
     Attributes:
-        settings: what was asked for.
-        mass: float [Qb, Kb]; share of the query block's exact softmax mass on each KV block, a row sums to 1.
-        selected: bool [Qb, Kb]; what the head's selector keeps.
+        selection, table: as the library made them, on the step's device.
+        mask: bool [Hq, Qb, Kb]; what each head's selector keeps.
         visible: bool [Qb, Kb]; blocks of which some row sees a token.
-        past_blocks: blocks before the current region, which every table lists whole.
-        heads: the query heads of the group.
-        members: int [S]; (head, query block) pairs that share each row.
-        votes: int [S, Kb]; how many members selected each block.
-        listed: bool [S, Kb]; the block table.
-        seen_by_row: bool [S, Kb]; blocks that are visible to some query of the row.
-        cascade: past blocks read by this chunk, all heads, at each step of the cascade.
+        keep: bool [R, Kb]; the block table's rows.
+        rows: int [Hq, Qb]; the row that each pair walks.
+        past_blocks: KV blocks before the current region, which every row lists whole.
+        start, stop, group: the chunk's positions; query heads per KV head.
+        cascade: past blocks read at each step of the cascade, all heads.
     """
 
-    settings: Settings
-    mass: np.ndarray
-    selected: np.ndarray
+    setting: Setting
+    selection: SelectionMask
+    table: BlockTable
+    mask: np.ndarray
     visible: np.ndarray
+    keep: np.ndarray
+    rows: np.ndarray
     past_blocks: int
-    heads: range
-    members: np.ndarray
-    votes: np.ndarray
-    listed: np.ndarray
-    seen_by_row: np.ndarray
+    start: int
+    stop: int
+    group: int
     cascade: DensityCascade
 
-    def mass_covered_by_mask(self) -> float:
-        """Mean over the query blocks of the mass on the head's own selection."""
-        return float((self.mass * self.selected).sum(1).mean())
+    @property
+    def heads(self) -> int:
+        return self.mask.shape[0]
 
-    def mass_covered_by_table(self) -> float:
-        """Mean over the query blocks of the mass on the row that the head walks."""
-        spans = np.arange(len(self.mass)) // span_length(self.settings, len(self.mass))
-        return float((self.mass * self.listed[spans]).sum(1).mean())
+    @property
+    def query_blocks(self) -> int:
+        return self.mask.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        return self.mask.shape[2]
+
+    @property
+    def span(self) -> int:
+        """Query blocks that share a row."""
+        return span_blocks(self.query_blocks, self.setting.query_blocks_per_span)
+
+    @property
+    def past(self) -> np.ndarray:
+        """bool [Kb]."""
+        return np.arange(self.blocks) < self.past_blocks
+
+    def listed(self, head: int) -> np.ndarray:
+        """bool [Qb, Kb]: visible blocks in the rows that a head walks."""
+        return self.keep[self.rows[head]] & self.visible
+
+    def density(self) -> np.ndarray:
+        """float [Hq]: past blocks in a head's rows ÷ past blocks, mean over its query blocks; NaN without a past."""
+        if not self.past_blocks:
+            return np.full(self.heads, np.nan)
+        return self.keep[self.rows][..., : self.past_blocks].mean((1, 2))
+
+    def kinds(self, head: int) -> np.ndarray:
+        """int [Qb, Kb], numbers of `KINDS`: the current region first, then sink, window, and what was scored."""
+        selector, j = self.setting.selector, np.arange(self.blocks)
+        last = self.visible.sum(1)[:, None] - 1
+        selected = self.mask[head]
+        return np.select(
+            [
+                ~self.visible,
+                np.broadcast_to(~self.past, self.visible.shape),
+                selected & (j < selector.sink_blocks),
+                selected & (j > last - selector.window_blocks),
+                selected,
+            ],
+            [NOT_VISIBLE, CURRENT, SINK, WINDOW, SELECTED],
+            default=LEFT_OUT,
+        )
 
 
-def load(path: str) -> Capture:
-    """The capture at `path`, or the sample that ships with the package for an empty one.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_capture`.
-    """
-    return load_capture(Path(path) if path else sample_path())
+def make_summary(step: Step, block_size: int) -> KVSummary:
+    """Key means, kept beside the cache as an engine keeps them."""
+    return summarize(step.kv, step.batch, block_size=block_size)
 
 
-def stamp(path: str) -> tuple[str, int]:
-    """What identifies a file's contents for a cache: its path and time of change (0 for no such file)."""
-    file = Path(path) if path else sample_path()
-    return str(file), file.stat().st_mtime_ns if file.exists() else 0
+def visible_blocks(step: Step, selector: Selector) -> np.ndarray:
+    """bool [Qb, Kb]: blocks of which some row of the query block sees a token."""
+    return block_rules(step.batch, selector).visible[0].cpu().numpy()
 
 
-def chunk_starts(tokens: int, chunk: int) -> list[int]:
-    return list(range(0, tokens, chunk))
-
-
-def span_length(settings: Settings, query_blocks: int) -> int:
-    """Query blocks that share a row."""
-    return query_blocks if settings.query_blocks_per_span is None else settings.query_blocks_per_span
-
-
-def inspect(capture: Capture, settings: Settings) -> Inspection:
-    """Run the first three stages on one chunk and compare one head's mask with its exact attention.
+def read(step: Step, setting: Setting, summary: KVSummary | None = None) -> Reading:
+    """Run the first three stages on one chunk.
 
     Raises:
         ValueError: settings that the library refuses.
     """
-    selector = settings.selector
-    prompt = PagedPrompt.from_layer(capture.layers[settings.layer], best_device())
-    if settings.start:
-        prompt.feed(0, settings.start)
-    batch = prompt.feed(settings.start, settings.stop)
-    q, kv_heads = prompt.q[settings.start : settings.stop], prompt.kv.num_kv_heads
-    selection = select(q, prompt.kv, batch, selector, scale=capture.scale)
-    grouping = {
-        "heads_per_group": settings.heads_per_group,
-        "query_blocks_per_span": settings.query_blocks_per_span,
-    }
-    table = build_table(unite(selection, batch, **grouping))
-    first_head = settings.head // settings.heads_per_group * settings.heads_per_group
-    heads = range(first_head, first_head + settings.heads_per_group)
-    masks = selection.mask[0, heads.start : heads.stop].cpu().numpy()
-    mass = block_mass(q[:, settings.head], prompt.k[settings.head * kv_heads // q.shape[1]], settings, capture.scale)
-    spans = np.arange(masks.shape[1]) // span_length(settings, masks.shape[1])
-    span_count, visible = int(spans[-1]) + 1, visible_blocks(settings)
-    rows = [int(table.rows[0, settings.head, int(np.argmax(spans == s))]) for s in range(span_count)]
-    return Inspection(
-        settings=settings,
-        mass=mass,
-        selected=masks[settings.head - first_head],
-        visible=visible,
-        past_blocks=settings.start // selector.block_size,
-        heads=heads,
-        members=np.bincount(spans) * len(heads),
-        votes=np.stack([masks[:, spans == s].sum((0, 1)) for s in range(span_count)]),
-        listed=np.stack([_listed(table, row) for row in rows]),
-        seen_by_row=np.stack([visible[spans == s].any(0) for s in range(span_count)]),
-        cascade=density_cascade(selection, batch, kv_heads=kv_heads, **grouping),
+    selector = setting.selector
+    if not isinstance(selector, FlashPrefill):
+        summary = None
+    selection = select(step.q, step.kv, step.batch, selector, scale=step.scale, summary=summary)
+    groups = unite(selection, step.batch, **setting.grouping)
+    return Reading(
+        setting=setting,
+        selection=selection,
+        table=build_table(groups),
+        mask=selection.mask[0].cpu().numpy(),
+        visible=visible_blocks(step, selector),
+        keep=groups.keep.cpu().numpy(),
+        rows=groups.rows[0].cpu().numpy(),
+        past_blocks=step.start // selector.block_size,
+        start=step.start,
+        stop=step.stop,
+        group=step.group,
+        cascade=density_cascade(selection, step.batch, kv_heads=step.kv_heads, **setting.grouping),
     )
 
 
-def _listed(table: BlockTable, row: int) -> np.ndarray:
-    """One row of a block table as bool [Kb]."""
-    listed = np.zeros(table.indices.shape[1], dtype=bool)
-    listed[table.indices[row, : int(table.counts[row])].cpu().numpy()] = True
-    return listed
+@dataclass(frozen=True, eq=False)
+class Mass:
+    """Where the exact softmax mass lies.
 
-
-def visible_blocks(settings: Settings) -> np.ndarray:
-    """bool [Qb, Kb]: KV blocks that start at or before the last row of each query block."""
-    selector = settings.selector
-    ends = np.arange(settings.start, settings.stop, selector.query_block) + selector.query_block
-    last_row = np.minimum(ends, settings.stop) - 1
-    return np.arange(0, settings.stop, selector.block_size) <= last_row[:, None]
-
-
-def block_mass(q: torch.Tensor, k: torch.Tensor, settings: Settings, scale: float | None) -> np.ndarray:
-    """Exact softmax mass per (query block, KV block), mean over the block's rows, float [Qb, Kb].
-
-    Args:
-        q: [n, D], one head's queries of the chunk.
-        k: [T, D], the keys of its KV head.
-        scale: softmax scale, default D^-0.5.
+    Attributes:
+        share: float32 [Hq, Qb, Kb]; mean over the scored rows of a query block, a row sums to 1.
+        every: every n-th row of a query block was scored; 1 is all of them.
     """
-    selector = settings.selector
-    keys = k[: settings.stop]
-    edges = torch.arange(0, settings.stop, selector.block_size, device=k.device)
-    rows = []
-    for first in range(0, len(q), selector.query_block):
-        queries = q[first : first + selector.query_block]
-        scores = queries.float() @ keys.T.float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-        hidden = torch.ones_like(scores, dtype=torch.bool).triu(settings.start + first + 1)
-        share = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
-        owner = torch.arange(settings.stop, device=k.device) // selector.block_size
-        rows.append(torch.zeros(len(edges), device=k.device).index_add(0, owner, share))
-    return torch.stack(rows).cpu().numpy()
+
+    share: np.ndarray
+    every: int
+
+
+def block_mass(step: Step, block_size: int, query_block: int, *, limit: int = _SCORES_AT_ONCE) -> Mass:
+    """Exact softmax mass per KV block, of all heads; of every n-th row where there are more scores than `limit`."""
+    every = 1
+    while every < query_block and len(step.q) * step.heads * step.stop > limit * every:
+        every *= 2
+    blocks = -(-step.stop // block_size)
+    share = torch.empty(step.heads, -(-len(step.q) // query_block), blocks, device=step.q.device)
+
+    def of_kv_head(kv_head: int) -> None:
+        keys = step.keys(kv_head).float()
+        for head in range(kv_head * step.group, (kv_head + 1) * step.group):
+            for i, queries in enumerate(step.q[:, head].float().split(query_block)):
+                # Counted from the last row, which sees every block that the query block sees.
+                rows = torch.arange(len(queries) - 1, -1, -every, device=queries.device)
+                position = step.start + i * query_block + rows
+                mass = _mean_softmax(queries[rows], keys, position, step.scale)
+                share[head, i] = pad(mass, (0, blocks * block_size - step.stop)).view(blocks, -1).sum(-1)
+
+    run_each([partial(of_kv_head, kv_head) for kv_head in range(step.kv_heads)])
+    return Mass(share.cpu().numpy(), every)
+
+
+def _mean_softmax(queries: Tensor, keys: Tensor, position: Tensor, scale: float | None) -> Tensor:
+    """Mean over queries [m, D] at `position` of their causal softmax over keys [n, D]: [n]."""
+    scores = torch.matmul(queries * (queries.shape[-1] ** -0.5 if scale is None else scale), keys.T)
+    first = int(position.min()) + 1
+    later = torch.arange(first, len(keys), device=keys.device)
+    scores[:, first:].masked_fill_(later > position[:, None], -torch.inf)
+    return scores.softmax(-1).mean(0)
+
+
+@dataclass(frozen=True)
+class HeadProfile:
+    """What the mass of one head says before anything is selected; shares are means over the query blocks.
+
+    Attributes:
+        sink, far, window, current: shares of the mass on the first blocks, on the rest of the past, on the past
+            blocks of the window, and on the current region.
+        blocks_90: blocks that hold 90 % of the mass, the heaviest first.
+    """
+
+    head: int
+    sink: float
+    far: float
+    window: float
+    current: float
+    blocks_90: float
+
+
+def profile(step: Step, mass: Mass, selector: Selector) -> list[HeadProfile]:
+    """One profile per head; `mass` over the selector's blocks, sink and window as long as the selector's."""
+    visible = visible_blocks(step, selector)
+    j, last = np.arange(visible.shape[1]), visible.sum(1)[:, None] - 1
+    current = np.broadcast_to(j >= step.start // selector.block_size, visible.shape)
+    sink = ~current & (j < selector.sink_blocks)
+    window = ~current & ~sink & (j > last - selector.window_blocks)
+    far = ~(current | sink | window)
+    ordered = np.sort(mass.share, axis=-1)[..., ::-1].cumsum(-1)
+    needed = (ordered < 0.9).sum(-1) + 1
+    regions = [(mass.share * region).sum(-1).mean(-1) for region in (sink, far, window, current)]
+    return [HeadProfile(h, *(float(r[h]) for r in regions), float(needed[h].mean())) for h in range(len(mass.share))]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupUnion:
+    """One row of the table, from its members' masks to its list.
+
+    Attributes:
+        row: its number in the table.
+        heads, query_blocks: its members.
+        members: bool [H, I, Kb]; visible bits of the members' masks.
+        by_head: bool [H, Kb]; after the union over the query blocks.
+        listed: bool [Kb]; the row.
+        past_blocks: blocks before the current region.
+    """
+
+    row: int
+    heads: range
+    query_blocks: range
+    members: np.ndarray
+    by_head: np.ndarray
+    listed: np.ndarray
+    past_blocks: int
+
+    @property
+    def askers(self) -> np.ndarray:
+        """int [Kb]: heads that asked for each block."""
+        return self.by_head.sum(0)
+
+    def alone(self) -> np.ndarray:
+        """bool [H, Kb]: past blocks that only this head asked for, the price of sharing the row."""
+        past = np.arange(self.by_head.shape[1]) < self.past_blocks
+        return self.by_head & (self.askers == 1) & past
+
+    def needed_by(self, block: int) -> list[tuple[int, int]]:
+        """The (head, query block) pairs that selected a block: whom taking it away would hurt."""
+        found = zip(*self.members[:, :, block].nonzero(), strict=True)
+        return [(self.heads[h], self.query_blocks[i]) for h, i in found]
+
+
+def row_union(reading: Reading, head: int, span: int) -> GroupUnion:
+    """The row that `head` walks in its `span`-th span of query blocks."""
+    size = reading.setting.heads_per_group
+    heads = range(head // size * size, head // size * size + size)
+    blocks = range(span * reading.span, min((span + 1) * reading.span, reading.query_blocks))
+    row = int(reading.rows[head, blocks.start])
+    members = reading.mask[heads.start : heads.stop, blocks.start : blocks.stop]
+    return GroupUnion(row, heads, blocks, members, members.any(1), reading.keep[row], reading.past_blocks)
+
+
+@dataclass(frozen=True)
+class SharingCost:
+    """Past density of the table for one grouping, and how often its rows list what one of their heads asked for."""
+
+    heads_per_group: int
+    query_blocks_per_span: int
+    density: float
+    growth: float
+
+
+def divisors(group: int) -> list[int]:
+    """Group sizes that fit G heads per KV head."""
+    return [n for n in range(1, group + 1) if group % n == 0]
+
+
+def span_choices(query_blocks: int) -> list[int]:
+    """1, 2, 4, … and the whole chunk."""
+    return sorted({query_blocks, *(1 << n for n in range(query_blocks.bit_length()) if 1 << n <= query_blocks)})
+
+
+def sharing_costs(step: Step, reading: Reading) -> list[SharingCost]:
+    """Every group size with every span, for the masks that were selected."""
+    choices = [(heads, span) for heads in divisors(reading.group) for span in span_choices(reading.query_blocks)]
+    found: dict[tuple[int, int], SharingCost] = {}
+
+    def of_choice(heads: int, span: int) -> None:
+        cascade = density_cascade(
+            reading.selection, step.batch, kv_heads=step.kv_heads, heads_per_group=heads, query_blocks_per_span=span
+        )
+        growth = cascade.sub_group_union / cascade.mask if cascade.mask else float("nan")
+        found[heads, span] = SharingCost(heads, span, cascade.densities()["sub_group_union"], growth)
+
+    run_each([partial(of_choice, *choice) for choice in choices])
+    return [found[choice] for choice in choices]
+
+
+def name_heads(mask: np.ndarray, heads: Iterable[int]) -> np.ndarray:
+    """bool [H, ...] to strings [...]: the heads whose bit is set, "0, 2", or "nobody"."""
+    heads = list(heads)
+    weights = (1 << np.arange(len(heads), dtype=np.int64)).reshape(-1, *(1,) * (mask.ndim - 1))
+    codes, where = np.unique((mask * weights).sum(0), return_inverse=True)
+    names = [", ".join(str(h) for n, h in enumerate(heads) if code >> n & 1) or "nobody" for code in codes]
+    return np.array(names, dtype=object)[where].reshape(mask.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """Two tables of the same chunk, for one head: bool [Qb, Kb] past blocks listed by both, or by one of them only."""
+
+    both: np.ndarray
+    only_a: np.ndarray
+    only_b: np.ndarray
+    block_size: int
+    query_block: int
+
+
+def difference(a: Reading, b: Reading, head: int) -> Difference:
+    """Compare what a head's rows list; needs equal block sizes.
+
+    Raises:
+        ValueError: settings with other block sizes, whose tables cannot be laid over each other.
+    """
+    sizes = [(r.setting.selector.block_size, r.setting.selector.query_block) for r in (a, b)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"block sizes: expected the same for both settings, got {sizes[0]} and {sizes[1]}")
+    mine, theirs = a.listed(head) & a.past, b.listed(head) & b.past
+    return Difference(mine & theirs, mine & ~theirs, theirs & ~mine, *sizes[0])

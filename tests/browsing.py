@@ -1,0 +1,163 @@
+"""How the tests read the inspector: Streamlit serving it, and one tab of Chromium."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOTS = ROOT / "out" / "inspector"
+PAGES = {
+    "data": "Data",
+    "masks": "Masks",
+    "union": "Union",
+    "tables": "Tables",
+    "coverage": "Coverage against QUOKA",
+    "what_if": "What if",
+    "compare": "Compare",
+}
+
+
+class Server:
+    """`streamlit run inspector` from the repository's root, as the README has it, on a free port."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "streamlit", "run", "inspector", "--server.headless", "true"]
+        self.log = SHOTS / f"server-{self.port}.log"
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--server.port", str(self.port)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            )
+        deadline = time.monotonic() + 60
+        while not self.answers("127.0.0.1"):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def answers(self, address: str) -> bool:
+        try:
+            socket.create_connection((address, self.port), timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def url(self, page: str = "", query: str = "") -> str:
+        return f"http://127.0.0.1:{self.port}/{'' if page == 'data' else page}{query}"
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+class Reader:
+    """One tab, and everything that went wrong in it."""
+
+    def __init__(self, browser: Any, server: Server, theme: str = "light") -> None:
+        self.server, self.problems = server, []
+        size = {"width": 1440, "height": 1000}
+        self.context = browser.new_context(viewport=size, color_scheme=theme, accept_downloads=True)
+        self.tab = self.context.new_page()
+        self.tab.set_default_timeout(150_000)
+        self.tab.on("console", lambda message: self._note(message.type, message.text, message.location.get("url", "")))
+        self.tab.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
+        self.tab.on("request", lambda request: self._check_address(request.url))
+
+    def _note(self, kind: str, text: str, url: str) -> None:
+        # On a deep link, Streamlit's own page looks for its server below the page's path first.
+        if kind == "error" and not re.search(r"/\w+/_stcore/(health|host-config)$", url):
+            self.problems.append(f"console: {text} {url}")
+
+    def _check_address(self, url: str) -> None:
+        if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).hostname != "127.0.0.1":
+            self.problems.append(f"a request left this machine: {url}")
+
+    def open(self, page: str, query: str = "") -> None:
+        self.tab.goto(self.server.url(page, query))
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the script has run and its charts are drawn."""
+        self.tab.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"] h1')
+        self.tab.wait_for_function(
+            "() => !document.querySelector('[data-testid=stSpinner], [data-testid=stSkeleton], [data-stale=true]')"
+        )
+        charts = "document.querySelectorAll('[data-testid=stVegaLiteChart]')"
+        self.tab.wait_for_function(f"() => [...{charts}].every(chart => chart.querySelector('canvas, svg.marks'))")
+
+    def after(self, action: Any) -> float:
+        """Seconds from an action to the end of the script run that it causes, charts drawn."""
+        self.tab.evaluate(
+            """() => {
+                const app = document.querySelector('[data-testid=stApp]');
+                window.ran = false; window.idle = null;
+                window.watch?.disconnect();
+                window.watch = new MutationObserver(() => {
+                    const running = app.getAttribute('data-test-script-state') === 'running';
+                    if (running) { window.ran = true; window.idle = null; }
+                    else if (window.ran) { window.idle = performance.now(); }
+                });
+                window.watch.observe(app, {attributes: true, attributeFilter: ['data-test-script-state']});
+                window.began = performance.now();
+            }"""
+        )
+        action()
+        self.tab.wait_for_function("() => window.idle !== null", polling=20)
+        return self.tab.evaluate(
+            """() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(
+                () => done((performance.now() - window.began) / 1000))))"""
+        )
+
+    def go(self, page: str) -> None:
+        self.tab.get_by_test_id("stSidebarNav").get_by_role("link", name=PAGES[page], exact=True).click()
+        self.tab.wait_for_function(f"() => document.querySelector('h1')?.innerText === {PAGES[page]!r}")
+        self.settle()
+
+    def choose(self, key: str, option: str) -> None:
+        """Pick an option of a select box."""
+        opener = self.tab.locator(f".st-key-{key} button[aria-haspopup=listbox]")
+        opener.scroll_into_view_if_needed()
+        self.tab.wait_for_timeout(200)  # a list that opens while the page still scrolls closes again
+        opener.click()
+        self.after(self.tab.get_by_role("option", name=option, exact=True).click)
+        self.settle()
+
+    def query(self) -> dict[str, str]:
+        return {name: values[0] for name, values in parse_qs(urlsplit(self.tab.url).query).items()}
+
+    def metrics(self) -> dict[str, str]:
+        boxes = self.tab.get_by_test_id("stMetric").all()
+        return {
+            box.get_by_test_id("stMetricLabel").inner_text(): box.get_by_test_id("stMetricValue").inner_text()
+            for box in boxes
+        }
+
+    def caption(self) -> str:
+        return self.tab.get_by_test_id("stMain").get_by_test_id("stCaptionContainer").first.inner_text()
+
+    def error(self) -> str:
+        return self.tab.get_by_test_id("stMain").get_by_test_id("stAlertContentError").first.inner_text()
+
+    def shoot(self, name: str) -> None:
+        """A screenshot of the whole page."""
+        self.tab.mouse.move(0, 0)
+        height = self.tab.evaluate("() => document.querySelector('[data-testid=stMain]').scrollHeight")
+        self.tab.set_viewport_size({"width": 1440, "height": max(1000, height)})
+        self.settle()
+        self.tab.wait_for_timeout(300)
+        self.tab.screenshot(path=SHOTS / f"{name}.png")
+        self.tab.set_viewport_size({"width": 1440, "height": 1000})
+
+    def check(self) -> None:
+        assert not self.problems, self.problems
+        assert not self.tab.get_by_test_id("stException").count()
+        assert not self.tab.get_by_test_id("stAlertContentError").count(), self.error()
