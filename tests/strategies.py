@@ -6,6 +6,7 @@ or after `seq_lens`, padding between strides, query rows at or beyond `cu_seqlen
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -301,8 +302,8 @@ class Sizes:
 
 
 def evenly(options: Sequence[T]) -> st.SearchStrategy[T]:
-    """One of the options, all equally often (hypothesis likes to repeat itself within small choices)."""
-    return st.integers(0, 10**6).map(lambda n: options[n % len(options)])
+    """One of the options, all equally often (hypothesis likes some integers, and repeats itself in small choices)."""
+    return st.binary(min_size=4, max_size=4).map(lambda drawn: options[zlib.crc32(drawn) % len(options)])
 
 
 @st.composite
@@ -310,14 +311,22 @@ def request_lens(draw: st.DrawFn, longest_q: int, longest: int, block_size: int,
     """(q_len, seq_len) of one request: chunks on and off the block grid, decode and speculation rows, nothing."""
     kinds = ("chunk",) * 6 + ("first", "decode", "decode", "speculation", "idle", "idle", "absent")
     kind = draw(evenly(kinds))
-    near = st.builds(lambda n, d: min(n * query_block + d, longest_q), st.integers(1, 3), evenly((-1, 0, 0, 1)))
-    any_len = draw(evenly((st.integers(2, longest_q), st.integers(longest_q // 2, longest_q), near)))
+    most_blocks = max(1, min(3, longest_q // query_block))
+    near = st.builds(
+        lambda n, d: min(n * query_block + d, longest_q), evenly(range(1, most_blocks + 1)), evenly((-1, 0, 0, 0, 1))
+    )
+    upper_half = st.integers(longest_q // 2, longest_q)
+    any_len = draw(evenly((st.integers(2, longest_q), upper_half, upper_half, near)))
     fixed = {"decode": st.just(1), "speculation": st.integers(2, 5), "idle": st.just(0), "absent": st.just(0)}
     q_len = draw(fixed.get(kind, any_len))
     if kind in ("first", "absent"):
         return q_len, q_len
     most = max(0, (longest - q_len) // block_size - 1)
-    blocks = draw(st.integers(min(most, 3), most) | st.integers(0, most))
+    blocks = (
+        draw(evenly(range(min(most, 3), most + 1)))
+        if draw(evenly((True, True, False)))
+        else draw(evenly(range(most + 1)))
+    )
     offset = draw(st.sampled_from((0, 1, block_size // 2 + 3, block_size - 1)) | st.integers(0, block_size - 1))
     return q_len, q_len + min(blocks * block_size + offset, max(0, longest - q_len))
 
@@ -327,18 +336,20 @@ def geometries(draw: st.DrawFn, sizes: Sizes, **fixed: object) -> Geometry:
     """Any step of the given sizes; `fixed` pins fields of the Geometry."""
     pin = draw(evenly(sizes.pins))
     block_size = pin.get("block_size") or draw(st.sampled_from(sizes.block_sizes))
-    query_block = pin.get("query_block") or draw(st.sampled_from((64, 64, 128)))
+    query_block = pin.get("query_block") or draw(evenly((64, 64, 64, 64, 128)))
     page_size = pin.get("page_size") or draw(evenly(PAGE_SIZES))
     group = pin.get("group") or draw(evenly(sizes.groups))
     lens = request_lens(sizes.q_len if group <= 4 else sizes.q_len // 2, sizes.seq_len, block_size, query_block)
     q_lens, seq_lens = zip(*draw(st.lists(lens, min_size=1, max_size=sizes.requests)), strict=True)
+    if draw(evenly(range(16))) == 0:  # nobody asks anything
+        q_lens = (0,) * len(q_lens)
     sharing = [n for n in range(1, group + 1) if group % n == 0]
     kv_heads = draw(st.integers(1, max(1, sizes.heads // group)))
     past = [s - q for q, s in zip(q_lens, seq_lens, strict=True)]
     common = min(past[:2]) // page_size if len(past) > 1 else 0
-    span = draw(evenly((None, None, 1, 1, 1, 1, 2, 3)))
+    span = draw(evenly((None, None, 1, 1, 1, 1, 1, 1, 2, 3)))
     prompts = None
-    if draw(st.integers(0, 3)) == 0:
+    if draw(evenly(range(3))) == 0:
         prompts = tuple(s + draw(st.sampled_from((0, 0, 1, query_block, 999))) for s in seq_lens)
     drawn = Geometry(
         q_lens=q_lens,
@@ -355,7 +366,7 @@ def geometries(draw: st.DrawFn, sizes: Sizes, **fixed: object) -> Geometry:
         dtype=draw(st.sampled_from(sizes.dtypes)),
         prompt_lens=prompts,
         slack=draw(st.sampled_from(((0, 0), (0, 0), (1, 0), (70, 200)))),
-        shared_pages=draw(st.sampled_from((0, 0, common))),
+        shared_pages=draw(evenly((0, common, common))),
         seed=draw(st.integers(0, 10**6)),
     )
     return replace(drawn, **{**pin, **fixed})
@@ -378,7 +389,7 @@ def common_rules(draw: st.DrawFn, g: Geometry) -> dict[str, int]:
         "query_block": g.query_block,
         "dense_queries": draw(st.sampled_from((0, 1, 1, 4))),
         "dense_keys": draw(st.sampled_from((0, 0, 150))),
-        "dense_last_blocks": draw(st.sampled_from((0, 1, 2))) if g.prompt_lens else 0,
+        "dense_last_blocks": draw(evenly((0, 1, 2))) if g.prompt_lens else 0,
     }
 
 

@@ -32,7 +32,7 @@ BOUNDS = {
     "_block_means_kernel": (32, 0),  # 32 threads, as many programs as an SM takes
     "_unite_kernel": (128, 0),  # 128 threads, 4 programs
     "_compact_kernel": (64, 0),  # 128 threads, 8 programs
-    "_table_from_scores_kernel": (80, 16),  # 256 threads, 3 programs; 3.6 saves up to three values, for a fourth one
+    "_table_from_scores_kernel": (255, 16),  # 128 threads, 2 programs; 16 members of a row by 1024 blocks at once
     "_plan_kernel": (255, 0),  # 128 threads; a program per 128 tiles never fills the GPU
     "_queue_kernel": (128, 0),  # 256 threads; the only program
 }
@@ -81,7 +81,7 @@ def attend_bound(problem: dict[str, Any]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("arch", SHARED, ids="sm_{}".format)
 def test_general_kernels(arch: int, tmp_path: Path) -> None:
-    problems = [*ATTEND, *(SMALL_PAGES if arch >= 90 else []), *(s for s in SELECT if not scores_fail(arch, s[0]))]
+    problems = [*ATTEND, *(SMALL_PAGES if arch >= 90 else []), *SELECT]
     too_much = []
     for (stage, problem), kernels in zip(problems, compile_kernels(arch, problems, tmp_path), strict=True):
         assert kernels
@@ -91,16 +91,6 @@ def test_general_kernels(arch: int, tmp_path: Path) -> None:
             if any(kernel[what] > most for what, most in allowed.items()):
                 too_much.append((stage, problem, kernel))
     assert too_much == []
-
-
-def scores_fail(arch: int, stage: str) -> bool:
-    return arch == 100 and stage == "scores" and triton_version() == (3, 6)
-
-
-@pytest.mark.skipif(triton_version() != (3, 6), reason="a fault of Triton 3.6, not of this version")
-@pytest.mark.xfail(strict=True, reason="Triton 3.6 cannot lay out the scores on sm_100: parent layout of rank 1")
-def test_scores_on_blackwell(tmp_path: Path) -> None:
-    compile_kernels(100, [("scores", {})], tmp_path)
 
 
 #: problem; bytes of spill stores with Triton 3.6 and with newer ones, measured, rounded up to 16; accesses to local
