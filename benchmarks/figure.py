@@ -12,6 +12,11 @@ from benchmarks.records import Record
 from benchmarks.report_steps import growth_rows
 
 
+def holds(result: Record) -> bool:
+    """Whether there are chunks or tables to draw."""
+    return any(records.of_kind(result, kind) for kind in ("step", "tables"))
+
+
 def draw(result: Record, path: Path) -> None:
     """Three panels, drawn from the result alone; a panel without data says so."""
     figure, panels = canvas(3)
@@ -43,7 +48,7 @@ def finish(figure: Any, panels: Any, result: Record, path: Path) -> None:
             panel.text(0.5, 0.5, "no such cases in this result", ha="center", transform=panel.transAxes)
     where = records.environment_of(result)
     figure.suptitle(f"{where['gpu'] or 'CPU'}, torch {where['torch']}, compactattn {where['compactattn']}", fontsize=9)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Software": None})  # which is the version of matplotlib
     pyplot.close(figure)
 
 

@@ -8,8 +8,13 @@ from typing import Any
 
 from benchmarks.figure import canvas, finish
 from benchmarks.published import PAPER_SOURCE, PAPER_SPEEDUPS
-from benchmarks.records import Record, tokens
+from benchmarks.records import Record, of_kind, tokens
 from benchmarks.report_prompts import Prompt, dense_name, paper_bars, prompts, row_names, time_of
+
+
+def holds(result: Record) -> bool:
+    """Whether whole prompts were measured."""
+    return bool(of_kind(result, "prompt"))
 
 
 def draw(result: Record, path: Path) -> None:

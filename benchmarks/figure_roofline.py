@@ -11,6 +11,12 @@ from benchmarks.records import DENSE, Record, find, green_rows, of_kind, shape_n
 from benchmarks.report_steps import breakdown
 
 STAGES = ("select_table", "attend")
+CEILINGS = ("matmul", "copy")
+
+
+def holds(result: Record) -> bool:
+    """Whether tables were measured beside a ceiling."""
+    return any(find(record, *CEILINGS) for record in of_kind(result, "tables"))
 
 
 def draw(result: Record, path: Path) -> None:

@@ -11,6 +11,11 @@ from benchmarks.report_scaling import relative_time, scaling_rows
 from benchmarks.scaling import KEPT
 
 
+def holds(result: Record) -> bool:
+    """Whether scaling was measured; layouts alone are a table in the text."""
+    return bool(of_kind(result, "scaling"))
+
+
 def draw(result: Record, path: Path) -> None:
     """Three panels: milliseconds by context, selection ÷ floor, and time per useful FLOP by layout."""
     figure, panels = canvas(3)

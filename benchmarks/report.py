@@ -32,16 +32,18 @@ SECTIONS = (
     ("Every row of every step", report_steps.stages_section),
 )
 FIGURES = {"": figure, "-prompts": figure_prompts, "-roofline": figure_roofline, "-scaling": figure_scaling}
+"""Modules with `holds(result)`, whether their question was measured, and `draw(result, path)`."""
 
 
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
-    """Write NAME.md and its figures for a result NAME.json; where they went, the text first."""
+    """Write NAME.md and a figure per question that a result NAME.json holds; where they went, the text first."""
     result = load(path)
     out = path.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    pictures = {out / f"{path.stem}{suffix}.png": module for suffix, module in FIGURES.items()}
+    held = {suffix: module for suffix, module in FIGURES.items() if module.holds(result)}
+    pictures = {out / f"{path.stem}{suffix}.png": module for suffix, module in held.items()}
     text = out / f"{path.stem}.md"
-    text.write_text(markdown(result, [picture.name for picture in pictures]))
+    text.write_text(markdown(result, [picture.name for picture in pictures]), encoding="utf-8")
     for picture, module in pictures.items():
         module.draw(result, picture)
     return text, *pictures

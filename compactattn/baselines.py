@@ -160,9 +160,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
 
     Returns:
         [n, Hq, D] in q's dtype.
+
+    Raises:
+        ValueError: wrong shapes.
     """
     from torch.nn.attention.bias import causal_lower_right  # imports the compiler of PyTorch, which takes seconds
 
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, value, ndim=3)
+    if k.shape[0] < 1 or q.shape[1] % k.shape[0]:
+        raise fail("k", f"KV heads that divide the {q.shape[1]} query heads", f"{k.shape[0]} KV heads")
+    if k.shape[1] < q.shape[0]:
+        raise fail("k", f"at least the {q.shape[0]} keys of the queries themselves", f"{k.shape[1]} keys")
+    check_shape("k", k, (*k.shape[:2], q.shape[2]), "Hkv, m, D of q")
+    check_shape("v", v, tuple(k.shape), "that of k")
     scale = resolve_scale(scale, q.shape[-1])
     mask = causal_lower_right(q.shape[0], k.shape[1])
     out = scaled_dot_product_attention(
@@ -231,8 +242,16 @@ def _requests(batch: PrefillBatch) -> Iterator[_Request]:
             yield _Request(b, slice(starts[b], starts[b + 1]), q_len, seq_len - q_len)
 
 
+def check_kind(name: str, value: object, *kinds: type) -> None:
+    """A value of one of the library's own types."""
+    if not isinstance(value, kinds):
+        raise fail(name, "a " + " or a ".join(kind.__name__ for kind in kinds), type(value).__name__)
+
+
 def _check_inputs(q: Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
     """Like `check_queries`, but float64 is welcome."""
+    check_kind("kv", kv, PagedKV)
+    check_kind("batch", batch, PrefillBatch)
     check_batch(q, batch)
     check_cache(kv, batch, q.device)
     if q.shape[-1] != kv.head_dim or q.dtype != kv.k.dtype:
@@ -242,6 +261,7 @@ def _check_inputs(q: Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
 
 
 def _check_selection(selection: QuokaSelection, kv: PagedKV, batch: PrefillBatch) -> None:
+    check_kind("selection", selection, QuokaSelection)
     check_shape("selection.counts", selection.counts, (batch.size, kv.num_kv_heads), "B, Hkv")
     check_same_device("selection.counts", selection.counts, kv.k.device)
 

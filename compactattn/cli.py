@@ -6,11 +6,13 @@ Imports of torch and of the library happen inside the commands, after the argume
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,33 +25,73 @@ SELECTORS = ("flashprefill", "xattention", "oracle", "dense")
 DEFAULT_ALPHA = 0.1  # a little below the published 0.12 and 0.18, which are for far longer prompts
 
 
+EXIT_CODES = (
+    "exit codes: 0; 2 for arguments that cannot be used or output that cannot be written; 130 when interrupted; "
+    "141 when whatever reads the output stops reading"
+)
+
+
 class UsageError(Exception):
-    """An argument that cannot be used; the message names it and says what is valid."""
+    """An argument that cannot be used, or output that cannot be written; the message says which, and what is valid."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line."""
+    """An `ArgumentParser` whose errors are one line, and whose help is printed like all output."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
+    def print_help(self, file: Any = None) -> None:
+        _print(self.format_help().rstrip("\n"))
+
+
+class _ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        _print(f"compactattn {_version('compactattn')}")
+        parser.exit()
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for arguments that cannot be used,
-    130 when interrupted."""
+    """Run the command line; returns the exit code, one of `EXIT_CODES`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for a terminal that cannot show "é" or "‖"
     try:
         arguments = _parser().parse_args(argv)
         run = demo if arguments.command == "demo" else info
         return run(arguments)
     except UsageError as error:
-        print(f"compactattn: error: {error}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"compactattn: error: {_escaped(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _print(text: str) -> None:
+    """Print at once, so that output that cannot be written is noticed here and not when Python ends."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with suppress(OSError):  # a stream without a file descriptor; else what it still holds would fail once more
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UsageError(f"standard output: expected to be writable, got: {error.strerror}") from error
+
+
+def _escaped(text: str) -> str:
+    """On one line, and without anything that a terminal would obey: "\\x1b" in place of an escape character."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="compactattn", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = _Parser(prog="compactattn", description=__doc__.split("\n")[0], epilog=EXIT_CODES, allow_abbrev=False)
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}")
     demo_parser = commands.add_parser(
         "demo",
@@ -106,9 +148,9 @@ def demo(arguments: argparse.Namespace) -> int:
         report = measure(capture, settings, on_step=bar.update)
     name = "the sample in the package" if arguments.capture is None else arguments.capture
     origin = {"file": name, "model": capture.model, "source": capture.source}
-    if target != "-":
-        print(f"{name}: {capture.model}; {capture.source}\n{as_text(report)}")
-    _write_json(target, {"compactattn": _version("compactattn"), "capture": origin, **as_json(report)})
+    heading = _escaped(f"{name}: {capture.model}; {capture.source}")
+    found = {"compactattn": _version("compactattn"), "capture": origin, **as_json(report)}
+    _show(f"{heading}\n{as_text(report)}", target, found)
     return 0
 
 
@@ -205,27 +247,49 @@ def _check_target(target: str | None) -> None:
     """Refuse a `--json FILE` that cannot be written before a minute of work, not after."""
     if target is None or target == "-":
         return
-    folder = Path(target).absolute().parent
-    if Path(target).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    path = Path(os.path.realpath(target))
+    if _is_special(target):
+        writable = os.access(target, os.W_OK)
+    else:  # a link that still is one leads to itself
+        writable = not path.is_symlink() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    if os.path.isdir(target) or not writable:
         raise UsageError(f"--json: expected '-' or a file in a writable directory, got {target!r}")
 
 
-def _write_json(target: str | None, value: dict[str, Any]) -> None:
-    """Print JSON, or put it in a file that appears whole or not at all."""
-    if target is None:
-        return
-    text = json.dumps(value, indent=2, allow_nan=False)
-    if target == "-":
-        print(text)
-        return
-    unfinished = Path(f"{target}.{os.getpid()}.tmp")
+def _is_special(target: str) -> bool:
+    """Whether it exists and is not a regular file: a device, a FIFO or a socket, which must never be replaced."""
+    return os.path.exists(target) and not os.path.isfile(target)
+
+
+def _show(text: str, target: str | None, value: dict[str, Any]) -> None:
+    """Print the text, or JSON instead; a file of JSON is written even where nobody reads the text."""
     try:
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, target)
+        if target != "-":
+            _print(text)
+    finally:
+        if target is not None:
+            content = json.dumps(value, indent=2, allow_nan=False).replace("\x7f", "\\u007f")
+            if target == "-":
+                _print(content)
+            else:
+                _write(target, content + "\n")
+
+
+def _write(target: str, content: str) -> None:
+    """Put ASCII in a file that appears whole or not at all, where a link leads; or straight to a device or a FIFO."""
+    try:
+        if _is_special(target):
+            Path(target).write_text(content, encoding="ascii")
+            return
+        path = os.path.realpath(target)
+        unfinished = Path(f"{path}.{os.getpid()}.tmp")
+        try:
+            unfinished.write_text(content, encoding="ascii")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"--json: expected a file that can be written, got {target!r}: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -233,15 +297,13 @@ def info(arguments: argparse.Namespace) -> int:
     target = arguments.json
     _check_target(target)
     versions, devices = _versions(), _devices()
-    if target != "-":
-        print("\n".join(f"{name:12} {number}" for name, number in versions.items()))
-        for device in devices:
-            print(f"\n{device['device']}: {device['name']}")
-            for backend, reason in device["backends"].items():
-                print(f"  {backend:8} {'works' if reason is None else 'does not work: ' + reason}")
-            for problem, kernel in device["attention"].items():
-                print(f"  attention, {problem}: {kernel}")
-    _write_json(target, {"versions": versions, "devices": devices})
+    lines = [f"{name:12} {number}" for name, number in versions.items()]
+    for device in devices:
+        lines += ["", f"{device['device']}: {device['name']}"]
+        for backend, reason in device["backends"].items():
+            lines.append(f"  {backend:8} {'works' if reason is None else 'does not work: ' + reason}")
+        lines += [f"  attention, {problem}: {kernel}" for problem, kernel in device["attention"].items()]
+    _show("\n".join(lines), target, {"versions": versions, "devices": devices})
     return 0
 
 

@@ -13,10 +13,25 @@ import torch
 from torch import Tensor
 
 from compactattn.attention import attend
-from compactattn.baselines import QuokaSelection, causal_attention, exact_lse, quoka_attention, quoka_select
+from compactattn.baselines import (
+    QuokaSelection,
+    causal_attention,
+    check_kind,
+    exact_lse,
+    quoka_attention,
+    quoka_select,
+)
 from compactattn.data import BlockTable, PagedKV, PrefillBatch, SelectionMask
 from compactattn.union import unite
-from compactattn.validation import check_heads_per_group, check_int, check_shape, check_tensor, fail
+from compactattn.validation import (
+    check_grouping,
+    check_heads_per_group,
+    check_int,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    fail,
+)
 
 __all__ = [
     "CoverageSummary",
@@ -90,11 +105,14 @@ def density_cascade(
     Raises:
         ValueError: a mask that does not fit the batch, or a group size that does not divide Hq / Hkv.
     """
+    check_kind("selection", selection, SelectionMask)
+    check_kind("batch", batch, PrefillBatch)
     heads = selection.mask.shape[1]
     check_int("kv_heads", kv_heads, 1)
     if heads % kv_heads:
         raise fail("kv_heads", f"a divisor of the {heads} query heads", kv_heads)
     check_heads_per_group(heads_per_group, heads, heads // kv_heads)
+    check_grouping(selection, batch, heads_per_group, query_blocks_per_span)
     device = selection.mask.device
     past = torch.arange(selection.mask.shape[3], device=device) < (batch.past_lens // selection.block_size)[:, None]
     starts = torch.arange(selection.mask.shape[2], device=device) * selection.query_block
@@ -124,6 +142,8 @@ def past_tokens(table: BlockTable, batch: PrefillBatch, *, kv_heads: int) -> Ten
 
     Rounded, this is the budget at which a token selection reads as much of the past. 0 for a request without queries.
     """
+    check_kind("table", table, BlockTable)
+    check_kind("batch", batch, PrefillBatch)
     check_int("kv_heads", kv_heads, 1)
     if table.rows.shape[1] % kv_heads:
         raise fail("kv_heads", f"a divisor of the {table.rows.shape[1]} query heads", kv_heads)
@@ -164,8 +184,14 @@ def coverage(
         float32 [T, Hq], from 0 to 1; rows at or beyond `cu_seqlens_q[B]` are NaN.
 
     Raises:
-        ValueError: whatever `attend` refuses.
+        ValueError: whatever `attend` refuses; `given` or `dense_lse` of another type or shape.
     """
+    check_kind("given", given, BlockTable, QuokaSelection)
+    check_tensor("q", q, ndim=3)
+    if dense_lse is not None:
+        check_tensor("dense_lse", dense_lse, ndim=2)
+        check_shape("dense_lse", dense_lse, tuple(q.shape[:2]), "T, Hq of q")
+        check_same_device("dense_lse", dense_lse, q.device)
     if isinstance(given, BlockTable):
         _, lse = attend(q, kv, batch, given, scale=scale, return_lse=True, backend=backend)
     else:
@@ -211,6 +237,7 @@ def output_error(out: Tensor, dense: Tensor) -> Tensor:
         ValueError: shapes that differ.
     """
     check_tensor("out", out, ndim=3)
+    check_tensor("dense", dense, ndim=3)
     check_shape("out", out, tuple(dense.shape), "that of dense")
     difference = (out.double() - dense.double()).pow(2).sum((0, 2)).sqrt()
     norm = dense.double().pow(2).sum((0, 2)).sqrt()

@@ -54,7 +54,7 @@ def attend(
                 if s.shape[1] == 0:
                     continue
                 row_lse = s.logsumexp(-1)
-                weights = (s - row_lse.clamp(min=torch.finfo(dtype).min)[:, None]).exp()
+                weights = s.softmax(-1).masked_fill(row_lse[:, None] == -math.inf, 0.0)
                 out[rows, h] = (weights @ v).to(q.dtype)
                 lse[rows, h] = row_lse
     return (out, lse) if return_lse else out

@@ -143,6 +143,23 @@ def test_json_becomes_a_report(result: Path, tmp_path: Path) -> None:
     assert again == words
 
 
+def test_only_what_was_measured_is_drawn(result: Path, tmp_path: Path) -> None:
+    found = json.loads(result.read_text())
+    found["cases"] = [record for record in found["cases"] if record["case"]["kind"] == "step"]
+    steps = tmp_path / "steps.json"
+    steps.write_text(json.dumps(found))
+    assert [path.name for path in write_report(steps)] == ["steps.md", "steps.png"]
+
+
+def test_committed_reports_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    for path in RESULTS.glob("latency-*.json"):
+        once, again = (write_report(path, tmp_path / str(n)) for n in range(2))
+        committed = {other.name for other in RESULTS.glob(f"{path.stem}*") if other != path}
+        assert {written.name for written in once} == committed
+        assert once[0].read_text() == (RESULTS / once[0].name).read_text()
+        assert [written.read_bytes() for written in once] == [written.read_bytes() for written in again]
+
+
 def test_a_result_of_the_first_schema_can_still_be_read(result: Path, tmp_path: Path) -> None:
     found = json.loads(result.read_text())
     (run,) = found.pop("runs")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import compactattn
 from compactattn import Dense, FlashPrefill, cli
 from compactattn.capture import Capture, CapturedLayer, save_capture
 from compactattn.demo import DemoSettings, PagedPrompt, measure
@@ -172,13 +176,14 @@ def test_bad_captures_are_one_line_and_exit_2(tmp_path, capsys):
         assert_one_line(capsys, "--capture", valid)
 
 
-def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
+def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("compactattn: error: ")
     assert printed.err.count("\n") == 1
     for word in words:
         assert word in printed.err
+    return printed.err
 
 
 def test_one_head_per_kv_head_needs_no_option(tmp_path, capsys):
@@ -218,9 +223,124 @@ def test_info_says_which_attention_kernel_a_gpu_runs_and_why(monkeypatch):
     assert all(kernel == "general kernel (compute capability 8.0, not 9.0)" for kernel in ampere.values())
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"compactattn {compactattn.__version__}\n"
+
+
+def test_json_goes_where_a_link_leads(tmp_path, capsys):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("there.json", "dangling.json"):
+        link = tmp_path / name
+        link.symlink_to(folder / name)
+    (folder / "there.json").write_text("old")
+    for name in ("there.json", "dangling.json"):
+        assert cli.main(["info", "--json", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).is_symlink()
+        assert json.loads((folder / name).read_text())["versions"]["torch"] == torch.__version__
+    assert sorted(path.name for path in folder.iterdir()) == ["dangling.json", "there.json"]
+    capsys.readouterr()
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert cli.main(["info", "--json", str(loop)]) == 2
+    assert loop.is_symlink()
+    assert_one_line(capsys, "--json")
+
+
+def test_json_goes_through_a_fifo_and_leaves_it_there(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append(fifo.read_text()), daemon=True)
+    reader.start()
+    assert cli.main(["info", "--json", str(fifo)]) == 0
+    assert fifo.is_fifo()
+    reader.join(10)
+    assert "versions" in json.loads(received[0])
+
+
+def test_json_that_cannot_be_written_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    target = tmp_path / "found.json"
+    target.write_text("old")
+    assert cli.main(["info", "--json", str(target)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "--json" in printed.err
+    assert "No space left on device" in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+    assert target.read_text() == "old"
+    assert cli.main(["info", "--json", str(tmp_path)]) == 2
+    assert_one_line(capsys, "--json", "expected '-' or a file in a writable directory")
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"], ["--version"]], ids=" ".join)
+def test_a_reader_that_leaves_ends_the_command_quietly(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:
+        ended = run_module(*arguments, stdout=output)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_to_a_full_device_is_one_line_and_exit_2():
+    with open("/dev/full", "w") as output:
+        ended = run_module("info", stdout=output)
+    assert ended.returncode == 2
+    assert (
+        ended.stderr == "compactattn: error: standard output: expected to be writable, got: No space left on device\n"
+    )
+
+
+def test_json_is_written_even_if_nobody_reads_the_text(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert cli.main(["info", "--json", str(tmp_path / "found.json")]) == 141
+    assert "versions" in json.loads((tmp_path / "found.json").read_text())
+
+
+def test_metadata_is_shown_escaped_and_in_any_encoding(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    layer = CapturedLayer(0, *(torch.randn(100, 2, 64, generator=generator) for _ in range(3)))
+    path = tmp_path / "odd"
+    model, source = "modèle\x1b[31m\nlayer 9", "a\rb\x7f\x9b2J\u202e"
+    save_capture(path, Capture(layers=(layer,), model=model, source=source, rope_theta=1e4))
+    for encoding, word in (("utf-8", "modèle"), ("ascii", "mod\\xe8le")):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+        assert cli.main(["demo", "--capture", str(path), "--selector", "dense"]) == 0
+        heading, *others = raw.getvalue().decode(encoding).split("\n")
+        assert heading.endswith(rf"odd: {word}\x1b[31m\nlayer 9; a\rb\x7f\x9b2J\u202e")
+        assert all(line.isprintable() for line in others)
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+        assert cli.main(["demo", "--capture", str(path), "--selector", "dense", "--json"]) == 0
+        text = raw.getvalue().decode(encoding)
+        assert text.replace("\n", "").isprintable()
+        assert json.loads(text)["capture"]["source"] == source
+
+
+def test_errors_show_no_control_characters(capsys):
+    assert cli.main(["demo", "--capture", "no\x1b[2Jsuch\nfile"]) == 2
+    assert "\x1b" not in assert_one_line(capsys, "--capture")
+
+
+def run_module(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    command, root = [sys.executable, "-m", "compactattn", *arguments], Path(__file__).parents[1]
+    how = {"stdout": subprocess.PIPE, **how}
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, cwd=root, check=False, **how)
+
+
 def test_module_reports_errors_without_a_traceback(capture_file):
-    command = [sys.executable, "-m", "compactattn", "demo", "--capture", capture_file, "--alpha", "7"]
-    root = Path(__file__).parents[1]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root, check=False)
+    ended = run_module("demo", "--capture", capture_file, "--alpha", "7")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "compactattn: error: --alpha: expected a number from 0 to 1, got '7'\n"

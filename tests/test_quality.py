@@ -26,6 +26,7 @@ from compactattn.quality import (
     causal_attention,
     coverage,
     density_cascade,
+    exact_lse,
     output_error,
     past_tokens,
     quoka_attention,
@@ -237,6 +238,53 @@ def test_causal_attention_is_bottom_right_causal():
         (lambda q, kv, b: quoka_select(q[:, :3], kv, b), "q: expected a multiple of the cache's 2 KV heads"),
         (lambda q, kv, b: quoka_select(q[..., :32], kv, b), "q: expected torch.float32 of head dimension 64"),
         (lambda q, kv, b: output_error(q, q[1:]), "out: expected shape"),
+        (lambda q, kv, b: output_error(q, None), "dense: expected a torch.Tensor, got NoneType"),
+        (lambda q, kv, b: coverage(q, kv, b, None), "given: expected a BlockTable or a QuokaSelection, got NoneType"),
+        (
+            lambda q, kv, b: coverage(q, kv, b, select(q, kv, b, SELECTOR)),
+            "given: expected a BlockTable or a QuokaSelection, got SelectionMask",
+        ),
+        (
+            lambda q, kv, b: coverage(q, kv, b, quoka_select(q, kv, b), dense_lse=torch.zeros(1, 4)),
+            r"dense_lse: expected shape \(70, 4\)",
+        ),
+        (
+            lambda q, kv, b: coverage(q, kv, b, quoka_select(q, kv, b), dense_lse=0.0),
+            "dense_lse: expected a torch.Tensor, got float",
+        ),
+        (lambda q, kv, b: exact_lse(q, None, b), "kv: expected a PagedKV, got NoneType"),
+        (lambda q, kv, b: quoka_select(q, kv, None), "batch: expected a PrefillBatch, got NoneType"),
+        (lambda q, kv, b: quoka_attention(q, kv, b, None), "selection: expected a QuokaSelection, got NoneType"),
+        (lambda q, kv, b: past_tokens(None, b, kv_heads=2), "table: expected a BlockTable, got NoneType"),
+        (
+            lambda q, kv, b: causal_attention(q, torch.ones(3, 80, 64), torch.ones(3, 80, 64)),
+            "k: expected KV heads that divide the 4 query heads, got 3",
+        ),
+        (
+            lambda q, kv, b: causal_attention(q, torch.ones(2, 69, 64), torch.ones(2, 69, 64)),
+            "k: expected at least the 70 keys of the queries themselves, got 69",
+        ),
+        (
+            lambda q, kv, b: causal_attention(q, torch.ones(2, 80, 64), torch.ones(1, 80, 64)),
+            r"v: expected shape \(2, 80, 64\)",
+        ),
+        (
+            lambda q, kv, b: causal_attention(q, torch.ones(2, 80, 32), torch.ones(2, 80, 32)),
+            r"k: expected shape \(2, 80, 64\)",
+        ),
+        (
+            lambda q, kv, b: density_cascade(None, b, kv_heads=2, heads_per_group=1),
+            "selection: expected a SelectionMask, got NoneType",
+        ),
+        (
+            lambda q, kv, b: density_cascade(
+                SelectionMask(torch.ones((3, 4, 2, 5), dtype=torch.bool), 64, 64),
+                PrefillBatch.from_lens([70, 1], [300, 190]),
+                kv_heads=2,
+                heads_per_group=1,
+            ),
+            r"selection.mask: expected shape \(2, 4, 2, 5\)",
+        ),
         (lambda q, kv, b: summarize_coverage(q[:0, :, 0]), "shares: expected at least one query"),
         (
             lambda q, kv, b: density_cascade(select(q, kv, b, SELECTOR), b, kv_heads=2, heads_per_group=4),

@@ -15,9 +15,9 @@ def run_each(tasks: Sequence[Callable[[], None]]) -> None:
     """Run independent tasks on as many threads as torch would use here, every operator on a single one.
 
     Operators that split themselves up meet at a barrier, thousands of times in a step: where somebody else wants a
-    core too, each meeting waits for the scheduler, and the step takes thirty times as long. Tasks meet once, and they
-    round alike for any number of threads. The threads end with the call, so that none is lost in a fork. A single
-    task runs in the caller's thread, its operators on all of torch's.
+    core too, each meeting waits for the scheduler, and the step takes thirty times as long. Tasks meet once. The
+    threads end with the call, so that none is lost in a fork. Two tasks or more round alike for any number of threads;
+    a single one runs in the caller's thread, its operators on all of torch's, whose number may change its rounding.
     """
     with _starting:  # while threads start, others would be told that torch uses one
         threads = torch.get_num_threads()
