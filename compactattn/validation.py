@@ -129,6 +129,7 @@ def check_cache(kv: PagedKV, batch: PrefillBatch, device: torch.device) -> None:
 
 def check_readable(kv: PagedKV) -> None:
     """What the backends read: a dtype of theirs, without gradients (beside queries, `check_queries` sees to both)."""
+    check_record("kv", kv, "PagedKV")
     if kv.k.dtype not in DTYPES:
         raise fail("kv.k", "dtype float16, bfloat16 or float32", kv.k.dtype)
     if torch.is_grad_enabled() and (kv.k.requires_grad or kv.v.requires_grad):

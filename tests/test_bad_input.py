@@ -211,6 +211,11 @@ CONSTRUCTORS = [
     case("mass", lambda: Oracle(mass=-0.1), "mass", "a number from 0 to 1", "-0.1"),
     case("top-k", lambda: Oracle(top_k=2.0), "top_k", "an int of at least 0", "2.0"),
     case("numba-on-cuda", lambda: resolve_backend("numba", CUDA), "backend", "'triton' (or None)", NO_CUDA),
+    case("lens-tensor", lambda: lens(ints(1), [1]), "q_lens", "a list of ints", "Tensor"),
+    case("lens-sum", lambda: lens([2**30] * 3, [2**30] * 3), "the sum of q_lens", "at most 2147483647", str(3 * 2**30)),
+    case("int32", lambda: FlashPrefill(sink_blocks=2**31), "sink_blocks", "at most 2147483647", str(2**31)),
+    case("block-float", lambda: Dense(block_size=64.0), "block_size", "one of 64, 128, 256", "64.0"),
+    case("fp8", lambda: make_kv(dtype=torch.float8_e4m3fn), "k", FLOATS, "torch.float8_e4m3fn"),
     case("oracle-neither", Oracle, "Oracle", "exactly one of mass and top_k", "mass=None, top_k=None"),
     case("oracle-both", lambda: Oracle(0.5, 3), "Oracle", "exactly one of mass and top_k", "mass=0.5, top_k=3"),
 ]
@@ -249,7 +254,25 @@ GRAD = ("tensors without gradients (inference only)", "requires_grad=True under 
 WIDE_GROUP = {"q": zeros(8, 4, 64, dtype=SINGLE), "kv": make_kv(heads=2), "heads_per_group": 4}
 META = make_arguments("meta")
 LONG = make_mask(mask=zeros(2, 2, 1, 5).bool())
+INSIDE = full(9, 2, 64)
 STAGE_CASES = [
+    *on(KV_STAGES, "kv-none", {"kv": None}, "kv", "a PagedKV", "NoneType"),
+    *on(KV_STAGES, "batch-list", {"batch": [5, 3]}, "batch", "a PrefillBatch", "list"),
+    *on(SUMMARY_STAGES, "summary-flag", {"summary": True}, "summary", "a KVSummary", "bool"),
+    *on(("attend",), "table-groups", {"table": make_groups()}, "table", "a BlockTable", "GroupMask"),
+    *on(("unite",), "selection-tensor", {"selection": make_mask().mask}, "selection", "a SelectionMask", "Tensor"),
+    *on(("build_table",), "groups-mask", {"groups": make_mask()}, "groups", "a GroupMask", "SelectionMask"),
+    *on(Q_STAGES, "q-short", queries(7, 2, 64), "q", "at least the 8 rows of batch.cu_seqlens_q[-1]", "7 rows"),
+    *on(OUT_STAGES, "out-in-q", {"q": INSIDE[:8], "out": INSIDE[1:]}, "out", "memory apart from q's", "an overlap"),
+    *on(
+        OUT_STAGES,
+        "out-in-itself",
+        {"out": full(2000).as_strided((8, 2, 64), (96, 32, 1))},
+        "out",
+        "rows that do not overlap",
+        "strides (96, 32, 1)",
+    ),
+    *on(Q_STAGES, "scale-large", {"scale": 1e300}, "scale", "a finite number or None", "1e+300"),
     *on(Q_STAGES, "q-list", {"q": [1], "out": None}, "q", "a torch.Tensor", "list"),
     *on(Q_STAGES, "q-2d", queries(8, 128), "q", "3 dimensions", "shape (8, 128)"),
     *on(Q_STAGES, "q-int", queries(8, 2, 64, dtype=torch.int8), "q", FLOATS, "torch.int8"),
@@ -403,3 +426,19 @@ def test_check_accepts_the_tables_of_every_selector(make: Callable[..., Any], sp
     selector = make(block_size=64, query_block=64, dense_last_blocks=1, **settings)
     table = compactattn.select_table(heads, kv, batch, selector=selector, heads_per_group=2, query_blocks_per_span=span)
     check(kv, batch, table)
+
+
+def test_interleaved_outputs_are_accepted() -> None:
+    """Queries and outputs may lie side by side in one tensor."""
+    both = full(8, 4, 64)
+    arguments = make_arguments() | {"q": both[:, :2], "out": both[:, 2:]}
+    arguments["q"].zero_()
+    expected = call("attend", make_arguments())
+    assert torch.equal(call("attend", arguments), expected)
+
+
+def test_check_sees_too_few_queries() -> None:
+    arguments = make_arguments()
+    check(arguments["kv"], arguments["batch"], arguments["table"], arguments["q"])
+    with refused("q", "at least the 8 rows", "6 rows"):
+        check(arguments["kv"], arguments["batch"], q=arguments["q"][:6])

@@ -146,6 +146,16 @@ def test_keys_are_pooled_as_they_were_before_rope(backend: Backend) -> None:
         torch.testing.assert_close(turned.pooled[page, slot], before.pooled[page, slot], rtol=1e-4, atol=1e-5)
 
 
+def test_gate_keys_of_another_scale_are_refused() -> None:
+    g = Geometry((70,), (451,))
+    step = make_step(g, "cpu")
+    frequencies = 10_000.0 ** -torch.linspace(0, 1, 32)
+    weights = gate_weights(g.heads, 64, 0)
+    summary = summarize(step.kv, step.batch, block_size=64, gate=SeerGate(weights, frequencies, rope_scale=2.0))
+    with pytest.raises(ValueError, match=r"^summary\.gate: expected keys pooled with rope_scale 1\.0, got 2\.0$"):
+        select(step.q, step.kv, step.batch, SeerGate(weights, frequencies), summary=summary)
+
+
 # ---- pooled keys ----
 
 
