@@ -57,6 +57,7 @@ def quoka_select(
     kv_ratio: float = 0.25,
     budget: int | Tensor | None = None,
     scale: float | None = None,
+    ranking: list[Tensor] | None = None,
 ) -> QuokaSelection:
     """QUOKA (arXiv 2602.08722): keep the past tokens that the least ordinary queries of the chunk point at.
 
@@ -73,6 +74,7 @@ def quoka_select(
         kv_ratio: share of the past that each KV head keeps, rounded up, at least one token.
         budget: past tokens to keep instead: one int, or int [B, Hkv]; never more than there are.
         scale: not used, cosine similarities have none; here so that baselines are called alike.
+        ranking: what `quoka_ranking` gave for these queries, where several budgets are compared.
 
     Returns:
         QuokaSelection; nothing kept for a request without past or without queries.
@@ -83,20 +85,42 @@ def quoka_select(
     _check_inputs(q, kv, batch)
     check_fraction("query_ratio", query_ratio)
     check_fraction("kv_ratio", kv_ratio)
-    kv_heads, dtype = kv.num_kv_heads, torch.promote_types(q.dtype, torch.float32)
+    kv_heads = kv.num_kv_heads
     kept = _kept_tokens(batch, kv_heads, kv_ratio, budget)
+    if ranking is None:
+        ranking = quoka_ranking(q, kv, batch, query_ratio=query_ratio)
     tokens = torch.zeros((batch.size, kv_heads, max(map(max, kept))), dtype=torch.int32, device=q.device)
-    for request in _requests(batch):
-        counts = kept[request.index]
-        if max(counts) == 0:
-            continue
-        queries = q[request.rows].to(dtype)
-        slots = _representatives(queries, kv_heads, sampled_queries(queries, query_ratio=query_ratio))
-        scores = _token_scores(kv, request, slots)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        for h, count in enumerate(counts):
+    for request, order in zip(_requests(batch), ranking, strict=True):
+        for h, count in enumerate(kept[request.index]):
+            if count > order.shape[1]:
+                raise fail("ranking", f"the {request.past_len} past tokens of each request", tuple(order.shape))
             tokens[request.index, h, :count] = order[h, :count].sort().values
     return QuokaSelection(tokens, torch.tensor(kept, dtype=torch.int32, device=q.device))
+
+
+def quoka_ranking(q: Tensor, kv: PagedKV, batch: PrefillBatch, *, query_ratio: float = 0.25) -> list[Tensor]:
+    """The past tokens of each request in the order in which QUOKA keeps them: int64 [Hkv, past_len] each, best first.
+
+    Args:
+        q, kv, batch, query_ratio: as for `quoka_select`.
+
+    Returns:
+        One tensor per request; without columns for a request without queries.
+
+    Raises:
+        ValueError: wrong shapes or devices, or a ratio outside 0 to 1.
+    """
+    _check_inputs(q, kv, batch)
+    check_fraction("query_ratio", query_ratio)
+    ranking = []
+    for request in _requests(batch):
+        queries = q[request.rows].to(torch.promote_types(q.dtype, torch.float32))
+        if request.past_len == 0 or len(queries) == 0:
+            ranking.append(torch.zeros((kv.num_kv_heads, 0), dtype=torch.int64, device=q.device))
+            continue
+        slots = _representatives(queries, kv.num_kv_heads, sampled_queries(queries, query_ratio=query_ratio))
+        ranking.append(_token_scores(kv, request, slots).argsort(dim=-1, descending=True, stable=True))
+    return ranking
 
 
 def sampled_queries(q: Tensor, *, query_ratio: float = 0.25) -> Tensor:

@@ -19,6 +19,7 @@ from compactattn.baselines import (
     check_kind,
     exact_lse,
     quoka_attention,
+    quoka_ranking,
     quoka_select,
 )
 from compactattn.data import BlockTable, PagedKV, PrefillBatch, SelectionMask
@@ -44,6 +45,7 @@ __all__ = [
     "output_error",
     "past_tokens",
     "quoka_attention",
+    "quoka_ranking",
     "quoka_select",
     "summarize_coverage",
 ]

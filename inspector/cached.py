@@ -6,6 +6,7 @@ Results are shared between sessions and never written to.
 from __future__ import annotations
 
 import streamlit as st
+import torch
 
 from compactattn import KVSummary
 from compactattn.capture import Capture
@@ -73,17 +74,24 @@ def judged(source: Source, place: Place, page_size: int, setting: Setting) -> Ju
     return recall.judge(observed(source, place, page_size), reading(source, place, page_size, setting))
 
 
+@st.cache_resource(show_spinner="Ranking the past as QUOKA does", **_few)
+def quoka_ranking(source: Source, place: Place, page_size: int) -> list[torch.Tensor]:
+    return recall.rank_quoka(observed(source, place, page_size))
+
+
 @st.cache_resource(max_entries=64, show_spinner="Running QUOKA")
 def quoka(source: Source, place: Place, page_size: int, setting: Setting) -> Quoka:
     """QUOKA at the budget of a setting's table."""
     budget = judged(source, place, page_size, setting).tokens
-    return recall.judge_quoka(observed(source, place, page_size), budget=budget)
+    ranking = quoka_ranking(source, place, page_size)
+    return recall.judge_quoka(observed(source, place, page_size), budget=budget, ranking=ranking)
 
 
 @st.cache_resource(max_entries=64, show_spinner="Running QUOKA")
 def quoka_by_ratio(source: Source, place: Place, page_size: int, kv_ratio: float) -> Quoka:
     """QUOKA with a share of the past."""
-    return recall.judge_quoka(observed(source, place, page_size), kv_ratio=kv_ratio)
+    ranking = quoka_ranking(source, place, page_size)
+    return recall.judge_quoka(observed(source, place, page_size), kv_ratio=kv_ratio, ranking=ranking)
 
 
 @st.cache_resource(max_entries=512, show_spinner=False)

@@ -16,7 +16,15 @@ from torch import Tensor
 from compactattn import BlockTable, Dense, GroupMask, PagedKV, PrefillBatch, attend, build_table, select, unite
 from compactattn._numba.threads import run_each
 from compactattn.baselines import sampled_queries
-from compactattn.quality import QuokaSelection, coverage, output_error, past_tokens, quoka_attention, quoka_select
+from compactattn.quality import (
+    QuokaSelection,
+    coverage,
+    output_error,
+    past_tokens,
+    quoka_attention,
+    quoka_ranking,
+    quoka_select,
+)
 from inspector.model import Reading
 from inspector.sources import Step
 
@@ -145,18 +153,39 @@ class Quoka:
     sampled: np.ndarray
 
 
+def rank_quoka(observed: Observed, *, query_ratio: float = 0.25) -> list[torch.Tensor]:
+    """Per KV head the past tokens in the order in which QUOKA keeps them: the same for every budget."""
+    found: dict[int, torch.Tensor] = {}
+
+    def of_kv_head(h: int) -> None:
+        step = _one_kv_head(observed, h).step
+        found[h] = quoka_ranking(step.q, step.kv, step.batch, query_ratio=query_ratio)[0]
+
+    run_each([partial(of_kv_head, h) for h in range(observed.step.kv_heads)])  # KV heads have nothing in common
+    return [found[h] for h in range(observed.step.kv_heads)]
+
+
 def judge_quoka(
-    observed: Observed, *, budget: np.ndarray | None = None, query_ratio: float = 0.25, kv_ratio: float = 0.25
+    observed: Observed,
+    *,
+    budget: np.ndarray | None = None,
+    query_ratio: float = 0.25,
+    kv_ratio: float = 0.25,
+    ranking: list[torch.Tensor] | None = None,
 ) -> Quoka:
-    """QUOKA with `budget` past tokens per KV head (rounded), or with a share `kv_ratio` of the past."""
+    """QUOKA with `budget` past tokens per KV head (rounded), or with a share `kv_ratio` of the past.
+
+    `ranking` is what `rank_quoka` gave for the same `query_ratio`, where several budgets are tried.
+    """
     step, found = observed.step, {}
+    ranking = rank_quoka(observed, query_ratio=query_ratio) if ranking is None else ranking
 
     def of_kv_head(h: int) -> None:
         part = _one_kv_head(observed, h)
         wanted = None if budget is None else round(float(budget[h]))
-        found[h] = _judge_kv_head(part, query_ratio=query_ratio, kv_ratio=kv_ratio, budget=wanted)
+        found[h] = _judge_kv_head(part, ranking[h], query_ratio=query_ratio, kv_ratio=kv_ratio, budget=wanted)
 
-    run_each([partial(of_kv_head, h) for h in range(step.kv_heads)])  # KV heads have nothing in common
+    run_each([partial(of_kv_head, h) for h in range(step.kv_heads)])
     parts = [found[h] for h in range(step.kv_heads)]
     judged = [part.judged for part in parts]
     return Quoka(
@@ -184,10 +213,12 @@ def _one_kv_head(observed: Observed, h: int) -> Observed:
     )
 
 
-def _judge_kv_head(observed: Observed, *, query_ratio: float, kv_ratio: float, budget: int | None) -> Quoka:
+def _judge_kv_head(
+    observed: Observed, ranking: torch.Tensor, *, query_ratio: float, kv_ratio: float, budget: int | None
+) -> Quoka:
     """QUOKA on a step with a single KV head."""
     step, kv, batch = observed.step, observed.kv, observed.batch
-    kept = quoka_select(step.q, step.kv, step.batch, query_ratio=query_ratio, kv_ratio=kv_ratio, budget=budget)
+    kept = quoka_select(step.q, step.kv, step.batch, kv_ratio=kv_ratio, budget=budget, ranking=[ranking])
     given = kept if observed.whole else _observed_tokens(observed, kept)
     out = quoka_attention(observed.q, kv, batch, given, scale=step.scale)
     shares = coverage(observed.q, kv, batch, given, scale=step.scale, dense_lse=observed.lse)

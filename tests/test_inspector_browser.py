@@ -224,7 +224,7 @@ def test_first_paint_and_interactions_at_128k_are_quick(browser: Any) -> None:
         reader.open("masks", "?data=Synthetic")
         assert "131,072 tokens" in reader.caption()
         times: dict[str, list[float]] = {}
-        for page, runs in (("masks", 20), ("union", 1), ("coverage", 3)):
+        for page, runs in (("masks", 20), ("union", 1), ("coverage", 20)):
             if page != "masks":
                 reader.go(page)
             slider = reader.tab.locator(".st-key-alpha input[type=range]")

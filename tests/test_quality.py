@@ -30,6 +30,7 @@ from compactattn.quality import (
     output_error,
     past_tokens,
     quoka_attention,
+    quoka_ranking,
     quoka_select,
     summarize_coverage,
 )
@@ -124,6 +125,16 @@ def test_quoka_select_keeps_what_its_twin_keeps(geometry):
     for arguments in ({}, {"query_ratio": 0.1, "kv_ratio": 0.5}, {"budget": 17}, {"budget": 0}, {"budget": uneven}):
         ours = quoka_select(q, kv, batch, **arguments)
         assert same_selection(ours, reference.quoka_select(q, kv, batch, **arguments))
+
+
+def test_one_ranking_serves_every_budget(geometry):
+    q, kv, batch = step(*geometry)
+    ranking = quoka_ranking(q, kv, batch, query_ratio=0.1)
+    for budget in (0, 7, 40):
+        kept = quoka_select(q, kv, batch, budget=budget, ranking=ranking)
+        assert same_selection(kept, quoka_select(q, kv, batch, query_ratio=0.1, budget=budget))
+    with pytest.raises(ValueError, match=r"^ranking: expected the \d+ past tokens of each request, got \("):
+        quoka_select(q, kv, batch, budget=40, ranking=[order[:, :0] for order in ranking])
 
 
 def test_quoka_rounds_up_and_prefers_the_lower_position_among_equals():
