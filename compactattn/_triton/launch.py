@@ -1,4 +1,4 @@
-"""Launching a compiled kernel again without asking Triton how to compile it: a third of the host time of a launch."""
+"""Launching a compiled kernel again without asking Triton, argument by argument, how it was compiled."""
 
 from __future__ import annotations
 
