@@ -1,7 +1,7 @@
 """Checks shared by the data types and the stages: shapes, dtypes, devices and host integers only.
 
-Nothing here reads a tensor's value, so every check is safe on a CUDA tensor without a synchronisation. Each
-failure is a `ValueError` that names the argument, what was expected and what came.
+Nothing here reads a value of a CUDA tensor, so no check synchronises; `check_rows_of_queries` alone does, and is called
+for CPU tensors and by `check`. Each failure is a `ValueError` that names the argument, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -110,13 +110,17 @@ def check_queries(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
         raise fail("q", limit, f"{heads} over {kv.num_kv_heads} KV heads")
     if torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad):
         raise fail("q, k, v", "tensors without gradients (inference only)", "requires_grad=True under grad mode")
-    check_cache(kv, batch, q.device)
+    _check_capacity(kv, batch, q.device)
 
 
 def check_cache(kv: PagedKV, batch: PrefillBatch, device: torch.device) -> None:
     """The cache beside the batch: one page-table row per request, wide enough for `max_seq_len`."""
     check_record("kv", kv, "PagedKV")
     check_record("batch", batch, "PrefillBatch")
+    _check_capacity(kv, batch, device)
+
+
+def _check_capacity(kv: PagedKV, batch: PrefillBatch, device: torch.device) -> None:
     check_same_device("kv", kv.k, device)
     check_same_device("batch", batch.cu_seqlens_q, device)
     if kv.page_table.shape[0] != batch.size:

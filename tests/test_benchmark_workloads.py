@@ -33,14 +33,7 @@ from compactattn import (
     check,
     select,
 )
-
-GROUP = Shape(1, 4, 1)
-VERTICAL_SLASH = WORKLOADS["vertical-slash"]
-
-
-def small_step(**changes: Any) -> Step:
-    settings: dict[str, Any] = {"dtype": torch.float32, "page_size": 64, **changes}
-    return make_step(VERTICAL_SLASH, Shape(2, 4, 1, 64), 2048, 384, **settings)
+from tests.benchmark_steps import GROUP, VERTICAL_SLASH, small_step
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,7 @@ from benchmarks.records import green_rows
 from benchmarks.timing import summarize_times
 from benchmarks.workloads import (
     SELECTOR,
-    WORKLOADS,
     Step,
-    make_step,
 )
 from compactattn import (
     BlockTable,
@@ -48,14 +46,7 @@ from compactattn import (
     unite,
 )
 from compactattn.selection import block_rules
-
-GROUP = Shape(1, 4, 1)
-VERTICAL_SLASH = WORKLOADS["vertical-slash"]
-
-
-def small_step(**changes: Any) -> Step:
-    settings: dict[str, Any] = {"dtype": torch.float32, "page_size": 64, **changes}
-    return make_step(VERTICAL_SLASH, Shape(2, 4, 1, 64), 2048, 384, **settings)
+from tests.benchmark_steps import small_step
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; (0, 0) for the CPU, where kernels are interpreted."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """Compute capability of a CUDA device; (0, 0) for the CPU and under the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and not INTERPRETED else (0, 0)
 
 
 @functools.cache

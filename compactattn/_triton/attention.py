@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from compactattn._triton import INTERPRETED, on_device
+from compactattn._triton import capability, on_device
 from compactattn._triton.launch import launch
 from compactattn._triton.union import request_lens
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
@@ -482,14 +482,14 @@ def attend(
     q_blocks = batch.query_blocks(table.query_block)
     if q_blocks == 0 or q.shape[0] == 0:
         return
-    capability = (0, 0) if INTERPRETED or not q.is_cuda else torch.cuda.get_device_capability(q.device)
-    refusal = why_not_hopper(capability, q.dtype, dim, table.query_block)
+    refusal = why_not_hopper(capability(q.device), q.dtype, dim, table.query_block)
     if refusal is None and scale > 0 and _tma_strides(q, kv.k, kv.v):
         from compactattn._triton import hopper
 
         hopper.attend(q, kv, batch, table, scale, out, lse)
         return
-    tuning = attend_tuning(dim, q.dtype, kv.page_size, table.query_block, capability, _tma_strides(kv.k, kv.v))
+    tma_strides = _tma_strides(kv.k, kv.v)
+    tuning = attend_tuning(dim, q.dtype, kv.page_size, table.query_block, capability(q.device), tma_strides)
     padded = triton.next_power_of_2(dim)
     k, v = kv.k, kv.v
     if tuning.descriptor:

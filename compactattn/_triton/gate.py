@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from compactattn._triton import on_device
+from compactattn._triton.summary import stale_units
 from compactattn.data import GateKeys, PagedKV, PrefillBatch
-
-SINCE_PAST, SINCE_INT, SINCE_TENSOR = 0, 1, 2
 
 
 @triton.jit
@@ -85,10 +84,7 @@ def _gate_keys_kernel(
 
 def update_gate(kv: PagedKV, batch: PrefillBatch, gate: GateKeys, unit: int, since: Tensor | int | None) -> None:
     """Pool again, in place, every unit that holds a position in [since, seq_lens); since None is past_lens."""
-    if since is None:  # only units that this step touches
-        units, mode = -(-batch.max_q_len // unit) + 1, SINCE_PAST
-    else:
-        units, mode = -(-batch.max_seq_len // unit), SINCE_TENSOR if isinstance(since, Tensor) else SINCE_INT
+    units, mode = stale_units(batch, unit, since)
     if units == 0:
         return
     half = kv.head_dim // 2

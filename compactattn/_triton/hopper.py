@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
-from compactattn._triton import on_device, schedule
+from compactattn._triton import multiprocessors, on_device, schedule
 from compactattn._triton.launch import launch
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
 
@@ -357,12 +357,7 @@ def _finish(
 @gluon.jit
 def _consumer(
     half,
-    smem,
-    barriers,
-    rows,
-    outputs,
-    scale_log2,
-    q_blocks,
+    shared,
     HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     PACKED: gl.constexpr,
@@ -371,6 +366,7 @@ def _consumer(
     LSE: gl.constexpr,
 ):
     """Softmax attention of 64 rows of every item."""
+    smem, barriers, rows, outputs, scale_log2, q_blocks = shared
     q_smem, k_smem, v_smem, item_smem = smem
     q_ready, q_free, k_ready, v_ready, free = barriers
     plan, slots, indices, kv_blocks = rows
@@ -549,45 +545,11 @@ def _hopper_kernel(
     outputs = (out, out_stride_token, out_stride_head, lse, lse_stride_token, lse_stride_head, partial, stats, arrivals)
     table = (plan, slots, page_table, page_table_stride, indices, kv_blocks)
     queued = (queue, queue_tiles, queue_parts)
-    scale_log2 = scale * LOG2_E
+    consumer = (smem, barriers, rows, outputs, scale * LOG2_E, q_blocks)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    0,
-                    smem,
-                    barriers,
-                    rows,
-                    outputs,
-                    scale_log2,
-                    q_blocks,
-                    HEADS,
-                    GROUP,
-                    PACKED,
-                    BLOCK_SIZE,
-                    HEAD_DIM,
-                    LSE,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    1,
-                    smem,
-                    barriers,
-                    rows,
-                    outputs,
-                    scale_log2,
-                    q_blocks,
-                    HEADS,
-                    GROUP,
-                    PACKED,
-                    BLOCK_SIZE,
-                    HEAD_DIM,
-                    LSE,
-                ),
-            ),
+            (_consumer, (0, consumer, HEADS, GROUP, PACKED, BLOCK_SIZE, HEAD_DIM, LSE)),
+            (_consumer, (1, consumer, HEADS, GROUP, PACKED, BLOCK_SIZE, HEAD_DIM, LSE)),
             (
                 _keys,
                 (
@@ -644,7 +606,7 @@ def attend(
     heads, dim = q.shape[1:]
     group = heads // kv.num_kv_heads
     padded = triton.next_power_of_2(group)
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = multiprocessors(q.device)
     unit = min(schedule.STAGE, table.block_size, kv.page_size)
     q_layout = gl.NVMMASharedLayout(128, 16, rank=3)
     kv_layout = gl.NVMMASharedLayout(128, 16, rank=4)

@@ -73,6 +73,13 @@ def _unit_means_kernel(
         tl.store(means + (index * HEADS + head) * DIM + dim, mean, mask=dim < DIM)
 
 
+def stale_units(batch: PrefillBatch, unit: int, since: Tensor | int | None) -> tuple[int, int]:
+    """(units of a request that may hold a position in [since, seq_lens), at most, and how a kernel reads `since`)."""
+    if since is None:  # only units that this step touches
+        return -(-batch.max_q_len // unit) + 1, SINCE_PAST
+    return -(-batch.max_seq_len // unit), SINCE_TENSOR if isinstance(since, Tensor) else SINCE_INT
+
+
 def _launch_unit_means(
     cache: Tensor,
     kv: PagedKV,
@@ -82,10 +89,7 @@ def _launch_unit_means(
     unit: int,
     by_page: bool,
 ) -> None:
-    if since is None:  # only units that this step touches
-        units, mode = -(-batch.max_q_len // unit) + 1, SINCE_PAST
-    else:
-        units, mode = -(-batch.max_seq_len // unit), SINCE_TENSOR if isinstance(since, Tensor) else SINCE_INT
+    units, mode = stale_units(batch, unit, since)
     if units == 0:
         return
     with on_device(cache):
