@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from compactattn._triton import capability, on_device
+from compactattn._triton import capability, next_power_of_2, on_device
 from compactattn._triton.launch import launch
 from compactattn._triton.union import request_lens
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
@@ -490,7 +490,7 @@ def attend(
         return
     tma_strides = _tma_strides(kv.k, kv.v)
     tuning = attend_tuning(dim, q.dtype, kv.page_size, table.query_block, capability(q.device), tma_strides)
-    padded = triton.next_power_of_2(dim)
+    padded = next_power_of_2(dim)
     k, v = kv.k, kv.v
     if tuning.descriptor:
         box = [1, tuning.tile, 1, padded]
@@ -522,7 +522,7 @@ def attend(
             constants={
                 "HEADS": heads,
                 "GROUP": group,
-                "GROUP_PADDED": triton.next_power_of_2(group),
+                "GROUP_PADDED": next_power_of_2(group),
                 "DIM": dim,
                 "DIM_PADDED": padded,
                 "QUERY_BLOCK": table.query_block,

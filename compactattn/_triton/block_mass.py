@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactattn._triton import on_device
+from compactattn._triton import next_power_of_2, on_device
 from compactattn._triton.union import request_lens
 from compactattn.data import PagedKV, PrefillBatch
 from compactattn.selectors import Oracle, XAttention
@@ -105,7 +105,7 @@ def block_mass(
     rows_per_block = selector.query_block // stride
     strided_rows = q_blocks * rows_per_block
     part_lse = torch.empty((batch.size, heads, strided_rows, parts), dtype=torch.float32, device=q.device)
-    row_tiles, key_tiles = triton.cdiv(strided_rows, rows), triton.cdiv(parts * part, keys)
+    row_tiles, key_tiles = -(-strided_rows // rows), -(-parts * part // keys)
     if part_lse.numel():
         with on_device(q):
             _strided_lse_kernel[(key_tiles * row_tiles * heads, batch.size)](
@@ -127,7 +127,7 @@ def block_mass(
                 HEADS=heads,
                 GROUP=heads // kv.num_kv_heads,
                 DIM=dim,
-                DIM_PADDED=triton.next_power_of_2(dim),
+                DIM_PADDED=next_power_of_2(dim),
                 STRIDE=stride,
                 PAGE_SIZE=kv.page_size,
                 ROWS=rows,

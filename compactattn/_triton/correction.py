@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactattn._triton import on_device
+from compactattn._triton import next_power_of_2, on_device
 from compactattn._triton.attention import attend
 from compactattn._triton.summary import block_means
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
@@ -157,7 +157,7 @@ def attend_corrected(
             HEADS=heads,
             GROUP=heads // kv.num_kv_heads,
             DIM=dim,
-            DIM_PADDED=triton.next_power_of_2(dim),
+            DIM_PADDED=next_power_of_2(dim),
             QUERY_BLOCK=table.query_block,
             BLOCK_SIZE=table.block_size,
             ROWS=rows,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactattn._triton import on_device
+from compactattn._triton import next_power_of_2, on_device
 from compactattn._triton.summary import stale_units
 from compactattn.data import GateKeys, PagedKV, PrefillBatch
 
@@ -105,7 +105,7 @@ def update_gate(kv: PagedKV, batch: PrefillBatch, gate: GateKeys, unit: int, sin
             UNIT=unit,
             HEADS=kv.num_kv_heads,
             HALF=half,
-            HALF_PADDED=triton.next_power_of_2(half),
+            HALF_PADDED=next_power_of_2(half),
             SINCE=mode,
             num_warps=4,
         )
@@ -164,7 +164,7 @@ def pool_queries(q: Tensor, batch: PrefillBatch, query_block: int, inv_freq: Ten
             QUERY_BLOCK=query_block,
             HEADS=heads,
             HALF=half,
-            HALF_PADDED=triton.next_power_of_2(half),
+            HALF_PADDED=next_power_of_2(half),
             num_warps=4,
         )
     return pooled

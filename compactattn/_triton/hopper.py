@@ -11,7 +11,6 @@ The stages at the causal edge come first in a tile and are masked; what lies bef
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
-from compactattn._triton import multiprocessors, on_device, schedule
+from compactattn._triton import multiprocessors, next_power_of_2, on_device, schedule
 from compactattn._triton.launch import launch
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
 
@@ -60,8 +59,13 @@ def _key_start(blocks, count, n, part: gl.constexpr, wanted, BLOCK_SIZE: gl.cons
 
 
 @gluon.jit
-def _stage_pages(blocks, count, pages, no_page, n, UNIT: gl.constexpr, BLOCK_SIZE: gl.constexpr, PAGE: gl.constexpr):
-    """For each unit of stage n: its page, or a page that does not exist (read as zeros), and its slot in the page."""
+def _stage_pages(
+    blocks, count, pages, width, no_page, n, UNIT: gl.constexpr, BLOCK_SIZE: gl.constexpr, PAGE: gl.constexpr
+):
+    """For each unit of stage n: its page, or a page that does not exist (read as zeros), and its slot in the page.
+
+    A row's last block may end in pages that the request does not have, nor the page table of `width` columns.
+    """
     found = ()
     for part in gl.static_range(STAGE // min(BLOCK_SIZE, STAGE)):
         token = n * STAGE + part * BLOCK_SIZE
@@ -69,7 +73,9 @@ def _stage_pages(blocks, count, pages, no_page, n, UNIT: gl.constexpr, BLOCK_SIZ
         known = entry < count
         start = gl.load(blocks + entry, mask=known, other=0) * BLOCK_SIZE + token % BLOCK_SIZE
         for u in gl.static_range(min(BLOCK_SIZE, STAGE) // UNIT):
-            page = gl.load(pages + start // PAGE + u * UNIT // PAGE, mask=known, other=no_page)
+            column = start // PAGE + u * UNIT // PAGE
+            has_page = known & (column < width) if PAGE < BLOCK_SIZE else known
+            page = gl.load(pages + column, mask=has_page, other=no_page)
             found = found + (page, (start + u * UNIT) % PAGE)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
@@ -147,7 +153,7 @@ def _keys(
     """Draw items and make them known; copy the queries of each, and K(n) into slot n mod 2, n over all items."""
     q_smem, k_smem, item_smem = smem
     q_ready, q_free, k_ready, free = barriers
-    plan, slots, page_table, page_table_stride, indices, kv_blocks = table
+    plan, slots, page_table, page_table_stride, page_table_width, indices, kv_blocks = table
     queue, queue_tiles, queue_parts = queued
     items = gl.load(queue + 1)
     item = gl.program_id(0)
@@ -171,10 +177,11 @@ def _keys(
         mbarrier.wait(q_free.index(q_slot), ((number // 2) & 1) ^ 1)
         _put_value(item_smem.index(q_slot * 2), tile_slot)
         _put_value(item_smem.index(q_slot * 2 + 1), code)
+        _barrier()  # every lane wrote the same; one of them arrives, for all
         _copy_queries(q_desc, q_smem, q_slot, q_ready.index(q_slot), token, head, tile % 2, HEADS, QUERIES)
         for s in range(first, stop):
             n = _table_stage(s, stages, edge)
-            found = _stage_pages(blocks, count, pages, num_pages, n, UNIT, BLOCK_SIZE, PAGE_SIZE)
+            found = _stage_pages(blocks, count, pages, page_table_width, num_pages, n, UNIT, BLOCK_SIZE, PAGE_SIZE)
             mbarrier.wait(free.index(use % 2), ((use // 2) & 1) ^ 1)
             _copy_stage(k_desc, found, head // GROUP, k_ready.index(use % 2), k_smem.index(use % 2), UNIT, HEAD_DIM)
             use += 1
@@ -184,6 +191,7 @@ def _keys(
     mbarrier.wait(q_free.index(q_slot), ((number // 2) & 1) ^ 1)
     _put_value(item_smem.index(q_slot * 2), -1)
     _put_value(item_smem.index(q_slot * 2 + 1), 65536)
+    _barrier()
     mbarrier.arrive(q_ready.index(q_slot), count=1)
     for _ in range(2):  # the stage of nothing, and the one that it would wait for
         mbarrier.wait(free.index(use % 2), ((use // 2) & 1) ^ 1)
@@ -209,7 +217,7 @@ def _values(
     """Copy V(n) into slot n + 1 mod 2: its product runs beside the scores of the next stage."""
     v_smem, item_smem = smem
     q_ready, q_free, v_ready, free = barriers
-    plan, slots, page_table, page_table_stride, indices, kv_blocks = table
+    plan, slots, page_table, page_table_stride, page_table_width, indices, kv_blocks = table
     mbarrier.arrive(v_ready.index(0), count=1)  # no values come before the first
     use = 1
     number = 0
@@ -231,7 +239,7 @@ def _values(
         first, stop = _item_stages(stages, code)
         for s in range(first, stop):
             n = _table_stage(s, stages, edge)
-            found = _stage_pages(blocks, count, pages, num_pages, n, UNIT, BLOCK_SIZE, PAGE_SIZE)
+            found = _stage_pages(blocks, count, pages, page_table_width, num_pages, n, UNIT, BLOCK_SIZE, PAGE_SIZE)
             mbarrier.wait(free.index(use % 2), ((use // 2) & 1) ^ 1)
             _copy_stage(v_desc, found, kv_head, v_ready.index(use % 2), v_smem.index(use % 2), UNIT, HEAD_DIM)
             use += 1
@@ -479,7 +487,15 @@ def _consumer(
 
 
 @gluon.jit(
-    do_not_specialize=["slots", "page_table_stride", "q_blocks", "kv_blocks", "num_pages", "scratch"],
+    do_not_specialize=[
+        "slots",
+        "page_table_stride",
+        "page_table_width",
+        "q_blocks",
+        "kv_blocks",
+        "num_pages",
+        "scratch",
+    ],
     do_not_specialize_on_alignment=["queue", "queue_tiles", "queue_parts", "arrivals", "page_table"],
 )
 def _hopper_kernel(
@@ -502,6 +518,7 @@ def _hopper_kernel(
     arrivals,
     page_table,
     page_table_stride,
+    page_table_width,
     indices,
     scale,
     q_blocks,
@@ -543,7 +560,7 @@ def _hopper_kernel(
     barriers = (q_ready, q_free, k_ready, v_ready, free)
     rows = (plan, slots, indices, kv_blocks)
     outputs = (out, out_stride_token, out_stride_head, lse, lse_stride_token, lse_stride_head, partial, stats, arrivals)
-    table = (plan, slots, page_table, page_table_stride, indices, kv_blocks)
+    table = (plan, slots, page_table, page_table_stride, page_table_width, indices, kv_blocks)
     queued = (queue, queue_tiles, queue_parts)
     consumer = (smem, barriers, rows, outputs, scale * LOG2_E, q_blocks)
     gl.warp_specialize(
@@ -605,7 +622,7 @@ def attend(
     """Launch the schedule and the kernel; writes out [T, Hq, D] and lse float32 [T, Hq]."""
     heads, dim = q.shape[1:]
     group = heads // kv.num_kv_heads
-    padded = triton.next_power_of_2(group)
+    padded = next_power_of_2(group)
     programs = multiprocessors(q.device)
     unit = min(schedule.STAGE, table.block_size, kv.page_size)
     q_layout = gl.NVMMASharedLayout(128, 16, rank=3)
@@ -635,6 +652,7 @@ def attend(
             work.arrivals,
             kv.page_table,
             kv.page_table.stride(0),
+            kv.page_table.shape[1],
             table.indices,
             scale,
             batch.query_blocks(table.query_block),

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from compactattn._triton import on_device
+from compactattn._triton import next_power_of_2, on_device
 from compactattn._triton.launch import launch
 from compactattn.data import BlockTable, PrefillBatch
 
@@ -239,7 +239,7 @@ def schedule_tiles(batch: PrefillBatch, table: BlockTable, group: int, programs:
     """The schedule of one call of attention over `programs` programs; `group` query heads share a KV head."""
     requests, heads, q_blocks = table.rows.shape
     tiles = requests * heads * q_blocks
-    chunks = triton.cdiv(tiles, CHUNK)
+    chunks = -(-tiles // CHUNK)
     slots = chunks * CHUNK
     scratch = PARTS * programs
     sizes = (FIELDS * slots, chunks, 2, slots + scratch, slots + scratch, 2 * scratch)
@@ -264,7 +264,7 @@ def schedule_tiles(batch: PrefillBatch, table: BlockTable, group: int, programs:
             constants={
                 "HEADS": heads,
                 "GROUP": group,
-                "GROUP_PADDED": triton.next_power_of_2(group),
+                "GROUP_PADDED": next_power_of_2(group),
                 "BLOCK_SIZE": table.block_size,
             },
             device=plan.device,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import on_device
+from compactattn._triton import next_power_of_2, on_device
 from compactattn._triton.launch import launch
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 
@@ -111,7 +111,7 @@ def _launch_unit_means(
                 "UNIT": unit,
                 "HEADS": kv.num_kv_heads,
                 "DIM": kv.head_dim,
-                "DIM_PADDED": triton.next_power_of_2(kv.head_dim),
+                "DIM_PADDED": next_power_of_2(kv.head_dim),
                 "SINCE": mode,
                 "BY_PAGE": by_page,
             },
@@ -194,7 +194,7 @@ def block_means(
     with on_device(kv.k):
         launch(
             _block_means_kernel,
-            (triton.cdiv(blocks, blocks_per_program), heads, batch.size),
+            (-(-blocks // blocks_per_program), heads, batch.size),
             means,
             kv.page_table,
             kv.page_table.stride(0),
@@ -208,7 +208,7 @@ def block_means(
                 "BLOCK_SIZE": block_size,
                 "HEADS": heads,
                 "DIM": dim,
-                "DIM_PADDED": triton.next_power_of_2(dim),
+                "DIM_PADDED": next_power_of_2(dim),
                 "BY_PAGE": summary is not None,
                 "BLOCKS": blocks_per_program,
             },
