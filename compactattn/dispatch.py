@@ -33,13 +33,14 @@ def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
         chosen = "triton"
         if dtype == torch.bfloat16 and device.type == "cpu":  # its bfloat16 products are wrong
             raise fail("backend", "float16 or float32 tensors under Triton's interpreter", f"{backend!r} and {dtype}")
-    elif chosen == "triton" and not _has_triton():
+    elif chosen == "triton" and not has_triton():
         raise fail("backend", "an installed triton for CUDA tensors", "none")
     return chosen
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed; looked up once."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -47,7 +48,7 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot run tensors on `device`, or None if it can."""
     if backend == "numba":
         return None if device.type == "cpu" else "the numba backend runs CPU tensors only"
-    if not _has_triton():
+    if not has_triton():
         return "triton is not installed"
     if device.type == "cuda":
         return None

@@ -5,7 +5,7 @@
       each head want?       be one list?         list per row      the pages the list names
 
 `prefill` gives exactly what the four stages give one after the other. For `FlashPrefill` the first three are fused:
-scores go straight to tables, and no mask is ever written; a grouping that chooses itself needs the mask.
+scores go straight to tables, and no mask is ever written.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from compactattn.attention import run_attention
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import Backend, resolve_backend
+from compactattn.dispatch import Backend, has_triton, resolve_backend
 from compactattn.selection import select
 from compactattn.selectors import FlashPrefill, SeerGate, Selector, check_selector
 from compactattn.summary import refresh
 from compactattn.table import build_table
-from compactattn.union import span_blocks, unite
+from compactattn.union import unite
 from compactattn.validation import (
     Auto,
     check_blocks,
@@ -76,6 +76,29 @@ def prefill(
     Raises:
         ValueError: wrong shape, dtype, device or stride, or a backend that cannot run, before anything runs.
     """
+    grouping = (heads_per_group, query_blocks_per_span)
+    arguments = (q, kv, batch, selector, *grouping, scale, summary, correction, return_lse, out, backend)
+    if isinstance(q, Tensor) and q.is_cuda and has_triton():
+        from compactattn._triton import replay
+
+        return replay.prefill(_prefill, *arguments)
+    return _prefill(*arguments)
+
+
+def _prefill(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    selector: Selector,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None,
+    scale: float | None,
+    summary: KVSummary | None,
+    correction: bool | KVSummary,
+    return_lse: bool,
+    out: Tensor | None,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
     check_out(out, q)
     if isinstance(correction, KVSummary):
         if summary is not None and summary is not correction:

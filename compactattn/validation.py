@@ -6,6 +6,7 @@ for CPU tensors and by `check`. Each failure is a `ValueError` that names the ar
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -45,10 +46,15 @@ def check_shape(name: str, value: torch.Tensor, expected: tuple[int, ...], meani
 
 def check_record(name: str, value: object, kind: str) -> None:
     """One of the library's own records, by the name of its class."""
+    if not isinstance(value, _record(kind)):
+        raise fail(name, f"a {kind}", type(value).__name__)
+
+
+@functools.cache
+def _record(kind: str) -> type:
     from compactattn import data
 
-    if not isinstance(value, getattr(data, kind)):
-        raise fail(name, f"a {kind}", type(value).__name__)
+    return getattr(data, kind)
 
 
 def check_int(name: str, value: object, minimum: int) -> None:

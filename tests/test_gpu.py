@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,6 +87,57 @@ def test_launches() -> None:
     assert len(launched) == (7 if torch.cuda.get_device_capability() == (9, 0) else 5), launched
     others = [e.name for e in profile.events() if "Memcpy" in e.name or "at::native" in e.name]
     assert not others, others
+
+
+AGAIN: list[dict[str, Any]] = [
+    {"heads_per_group": 2, "return_lse": True},
+    {"heads_per_group": 1, "query_blocks_per_span": 1, "summary": False},
+    {"heads_per_group": "auto", "query_blocks_per_span": "auto"},
+    {"heads_per_group": 4, "query_block": 64, "return_lse": True},  # the general kernel
+    {"heads_per_group": 2, "dense_last_blocks": 1, "return_lse": True, "given": True},
+]
+
+
+@pytest.mark.parametrize("options", AGAIN, ids=str)
+def test_a_step_again(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a kind seen before repeats its launches, and computes what it would have computed anew, bit for bit."""
+    from compactattn import pipeline
+    from compactattn._triton import replay
+
+    options = dict(options)
+    names = [name for name in ("query_block", "dense_last_blocks") if name in options]
+    selector = replace(SELECTOR, **{name: options.pop(name) for name in names})
+    with_summary, given = options.pop("summary", True), options.pop("given", False)
+
+    def step(seed: int, q_lens: list[int], seq_lens: list[int]) -> Any:
+        q, kv, batch, summary = make_step(q_lens, seq_lens, seed=seed)
+        bounds = {"max_q_len": 512, "max_seq_len": 4096}
+        batch = replace(batch, **bounds, prompt_lens=batch.seq_lens.clone())
+        kv = replace(kv, page_table=torch.nn.functional.pad(kv.page_table, (0, 32 - kv.page_table.shape[1])))
+        q = torch.cat((q, torch.full((600 - len(q), *q.shape[1:]), float("nan"), device="cuda", dtype=q.dtype)))
+        if with_summary:
+            options["summary"] = summary
+        if given:
+            options["out"] = torch.empty_like(q)
+        result = prefill(q, kv, batch, selector=selector, **options)
+        return [part[: sum(q_lens)].clone() for part in (result if isinstance(result, tuple) else (result,))]
+
+    lengths = ([512, 30], [4000, 1700]), ([300, 299], [3001, 4096]), ([1, 0], [77, 4000])
+    replay._recordings.clear()
+    anew = []
+    for seed, lens in enumerate(lengths):
+        replay._recordings.clear()
+        anew.append(step(seed, *lens))
+    assert len(replay._recordings) == 1
+
+    def not_again(*_: object) -> None:
+        raise AssertionError("a step of a known kind went through the stages")
+
+    monkeypatch.setattr(pipeline, "_prefill", not_again)
+    for seed, lens in enumerate(lengths):
+        for found, expected in zip(step(seed, *lens), anew[seed], strict=True):
+            assert not found.isnan().any()
+            assert torch.equal(found, expected)
 
 
 def test_peak_allocation() -> None:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from compactattn._triton import INTERPRETED, capability
+
+Grid = tuple[int, int, int]
+
+
+class Recorder(threading.local):
+    """The launches that this thread records (`replay`): compiled kernel, grid and arguments; or None."""
+
+    launches: list[tuple[Any, Grid, Sequence[object]]] | None = None
+
+
+recorder = Recorder()
 
 #: compiled kernels by kernel, device, constants and what Triton specialises runtime arguments on
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -52,10 +67,23 @@ def launch(
         kernel[grid](*args, **constants, **options)
         return
     key = (id(kernel), device.index, *constants.values(), *map(_specialisation, args))
-    run = _compiled.get(key)
-    if run is not None:
-        run[(*grid, 1, 1)[:3]](*args, *constants.values())
-        return
-    if list(kernel.arg_names[len(args) :]) != list(constants):
-        raise TypeError(f"{kernel.__name__}: expected the constants {kernel.arg_names[len(args) :]}")
-    _compiled[key] = kernel[grid](*args, **constants, **options)
+    compiled = _compiled.get(key)
+    x, y, z = (*grid, 1, 1)[:3]
+    whole = (x, y, z)
+    if compiled is None:
+        if list(kernel.arg_names[len(args) :]) != list(constants):
+            raise TypeError(f"{kernel.__name__}: expected the constants {kernel.arg_names[len(args) :]}")
+        compiled = _compiled[key] = kernel[grid](*args, **constants, **options)
+    else:
+        relaunch(compiled, whole, driver.active.get_current_stream(device.index), (*args, *constants.values()))
+    if recorder.launches is not None:
+        recorder.launches.append((compiled, whole, (*args, *constants.values())))
+
+
+def relaunch(compiled: Any, grid: Grid, stream: int, args: Sequence[object]) -> None:
+    """Launch a compiled kernel on a stream, without asking Triton's hooks where there are none: that takes time."""
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    if any(hook is not None and getattr(hook, "calls", True) for hook in hooks):
+        compiled[grid](*args, stream=stream)
+    else:
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
