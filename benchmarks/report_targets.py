@@ -28,6 +28,7 @@ from benchmarks.report_scaling import relative_time, scaling_rows
 from benchmarks.report_steps import equal_length
 
 CONTEXT, CHUNK, DENSITY = 128 * 1024, 1024, 0.10
+CLOSE_MS = 0.010
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Target:
 
 def targets(result: Record) -> list[Target]:
     """All that this result can say."""
-    found = [*_attend(result), *_select(result), *_prefill(result), *_prompts(result)]
+    found = [*_attend(result), *_select(result), *_prefill(result), *_auto(result), *_prompts(result)]
     found += [*_layouts(result), *_host(result), *_scaling(result)]
     return [target for target in found if not math.isnan(target.measured)]
 
@@ -101,6 +102,19 @@ def _prefill(result: Record) -> Iterator[Target]:
         united, record = min(steps, key=lambda one: abs(one[0] - DENSITY))
         speedup = ratio(find(record, *DENSE), find(record, "prefill 4xchunk"))
         yield Target(f"prefill 4xchunk, 128K, density {united:.3f} after the union, {shape}: x dense", 8.0, speedup)
+
+
+def _auto(result: Record) -> Iterator[Target]:
+    """Groups that choose themselves against the best fixed grouping of each step; under `CLOSE_MS` more is as good."""
+    worst: dict[str, list[float]] = {}
+    for record in of_kind(result, "step"):
+        chosen, *fixed = (milliseconds(find(record, f"prefill {name}")) for name in ("auto", "1x1", "4xchunk"))
+        if not math.isnan(chosen + sum(fixed)):
+            over = chosen / min(fixed) if chosen - min(fixed) > CLOSE_MS else min(1.0, chosen / min(fixed))
+            worst.setdefault(shape_name(record), []).append(over)
+    for shape, ratios in worst.items():
+        what = f"prefill auto, worst of {len(ratios)} steps, {shape}: ÷ best fixed grouping, where over 10 µs apart"
+        yield Target(what, 1.05, max(ratios), most=True)
 
 
 def _prompts(result: Record) -> Iterator[Target]:

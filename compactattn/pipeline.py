@@ -171,7 +171,7 @@ def _table(
     """The table of a checked step; the summary is brought up to date first."""
     if summary is not None:
         refresh(kv, batch, summary, None, backend)
-    if not isinstance(selector, FlashPrefill) or heads_per_group == "auto" or query_blocks_per_span == "auto":
+    if not isinstance(selector, FlashPrefill):
         selection = select(q, kv, batch, selector, scale=scale, summary=summary, backend=backend)
         groups = unite(
             selection,
@@ -187,6 +187,5 @@ def _table(
     else:
         from compactattn._numba.scores import flash_prefill_scores
         from compactattn._numba.table import table_from_scores
-    span = span_blocks(batch.query_blocks(selector.query_block), query_blocks_per_span)
     scores = flash_prefill_scores(q, kv, batch, selector, scale=scale, summary=summary)
-    return table_from_scores(scores, batch, selector, heads_per_group, span)
+    return table_from_scores(scores, batch, selector, kv.num_kv_heads, heads_per_group, query_blocks_per_span)

@@ -48,8 +48,10 @@ class AbsentGPU:
 
 def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
     """Call one of the backend's launchers on tensors of the given shape."""
-    from compactattn._triton import attention, block_mass, scores, summary, table, union
+    from compactattn._triton import attention, block_mass, launch, scores, summary, table, union
 
+    for module in (launch, scores):  # tuning, and the overlap of launches
+        module.capability = lambda _: divmod(arch, 10)
     dtype = getattr(torch, p.get("dtype", "bfloat16"))
     dim, page_size, block_size = p.get("dim", 128), p.get("page", 128), p.get("block", 128)
     group, query_block, kv_heads, pages = p.get("group", 4), p.get("query_block", 128), 8, 16
@@ -86,7 +88,7 @@ def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
     elif launcher == "table":
         log_s = torch.zeros(1, q.shape[1], q_blocks, kv_blocks)
         found = BlockScores(log_s, torch.zeros(1, q.shape[1], q_blocks, math.ceil(kv_blocks / 128)))
-        table.table_from_scores(found, batch, selector, group, 1)
+        table.table_from_scores(found, batch, selector, kv_heads, p.get("heads", group), p.get("span", 1))
     elif launcher == "union":
         mask = torch.zeros(1, q.shape[1], q_blocks, kv_blocks, dtype=torch.bool)
         from compactattn import SelectionMask

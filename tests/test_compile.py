@@ -23,6 +23,7 @@ D64 = {"dtype": "float16", "dim": 64, "page": 64, "block": 64}
 ATTEND: list[Problem] = [("attend", p) for p in ({}, D64, {"dim": 256}, {"dtype": "float32"})]
 SMALL_PAGES: list[Problem] = [("attend", {"page": 16})]  # by pointers on every GPU; before sm_90 the same as {}
 SELECT: list[Problem] = [(stage, {}) for stage in ("scores", "update", "pooled", "union", "table")]
+SELECT.append(("table", {"heads": "auto", "span": "auto"}))
 
 #: (registers, bytes of spill stores) per thread, at most. The file of an SM has 65,536 registers, a thread 255: the
 #: bounds are what so many programs at once leave, and spills none where measurement does not say otherwise.
@@ -33,6 +34,7 @@ BOUNDS = {
     "_unite_kernel": (128, 0),  # 128 threads, 4 programs
     "_compact_kernel": (64, 0),  # 128 threads, 8 programs
     "_table_from_scores_kernel": (255, 16),  # 128 threads, 2 programs; 16 members of a row by 1024 blocks at once
+    "_union_sizes_kernel": (128, 0),  # 128 threads, 4 programs
     "_plan_kernel": (255, 0),  # 128 threads; a program per 128 tiles never fills the GPU
     "_queue_kernel": (128, 0),  # 256 threads; the only program
 }

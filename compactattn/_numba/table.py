@@ -8,8 +8,11 @@ import torch
 from compactattn._numba.jit import kernel
 from compactattn._numba.union import dense_tail
 from compactattn.data import BlockTable, GroupMask, PrefillBatch
+from compactattn.grouping import pick_groups
 from compactattn.selection import BlockScores, log_alpha
 from compactattn.selectors import FlashPrefill
+from compactattn.union import span_blocks
+from compactattn.validation import Auto
 
 
 def build_table(groups: GroupMask) -> BlockTable:
@@ -22,10 +25,23 @@ def build_table(groups: GroupMask) -> BlockTable:
 
 
 def table_from_scores(
-    scores: BlockScores, batch: PrefillBatch, selector: FlashPrefill, heads_per_group: int, span: int
+    scores: BlockScores,
+    batch: PrefillBatch,
+    selector: FlashPrefill,
+    kv_heads: int,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None,
 ) -> BlockTable:
     """What `select`, `unite` and `build_table` give for these scores, bit for bit, without a mask in memory."""
     size, heads, q_blocks, kv_blocks = scores.log_s.shape
+    if heads_per_group == "auto" or query_blocks_per_span == "auto":
+        finest = table_from_scores(scores, batch, selector, kv_heads, 1, 1)
+        keep = torch.zeros(finest.indices.shape, dtype=torch.bool)
+        row, entry = torch.nonzero(torch.arange(kv_blocks) < finest.counts[:, None], as_tuple=True)
+        keep[row, finest.indices[row, entry].long()] = True
+        groups = GroupMask(keep, finest.rows, selector.block_size, selector.query_block)
+        return build_table(pick_groups(groups, kv_heads, heads_per_group, query_blocks_per_span))
+    span = span_blocks(q_blocks, query_blocks_per_span)
     fixed_rows = size * (heads // heads_per_group) * -(-q_blocks // span)
     prompt_lens, tail = dense_tail(batch, selector.dense_last_blocks, selector.query_block)
     indices = torch.zeros((fixed_rows + (size if tail else 0), kv_blocks), dtype=torch.int32)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import capability, multiprocessors, on_device
+from compactattn._triton import capability, multiprocessors, next_power_of_2, on_device
 from compactattn._triton.launch import launch
 from compactattn._triton.summary import block_means
 from compactattn._triton.union import request_lens
@@ -239,6 +239,26 @@ def _scores_kernel(
         tl.store(pointers, nothing, mask=(j < log_s_stride)[:, None])
 
 
+@triton.jit
+def wanted_blocks(
+    log_s, log_s_stride, part_max, parts, log_alpha, member, known, j, past_blocks, MAX_PARTS: tl.constexpr
+):
+    """Past blocks j that members' scores keep, bool [members, j]: at least alpha times the member's largest score."""
+    part = tl.arange(0, MAX_PARTS)
+    peaks = tl.load(
+        part_max + member[:, None] * parts + part[None, :],
+        mask=known[:, None] & (part < parts)[None, :],
+        other=float("-inf"),
+    )
+    threshold = tl.max(peaks, axis=1) + log_alpha
+    s = tl.load(
+        log_s + member[:, None] * log_s_stride + j[None, :],
+        mask=known[:, None] & (j < past_blocks)[None, :],
+        other=float("-inf"),
+    )
+    return (s >= threshold[:, None]) & (s > float("-inf"))
+
+
 @dataclass(frozen=True)
 class ScoresTuning:
     """How one call of the kernel is shaped.
@@ -292,10 +312,10 @@ def flash_prefill_scores(
     q_blocks, kv_blocks = batch.query_blocks(selector.query_block), batch.kv_blocks(selector.block_size)
     means = block_means(kv, batch, selector.block_size, q.dtype, summary)
     tuning = scores_tuning(dim, q.dtype, group, capability(q.device))
-    tiles = triton.cdiv(kv_blocks, tuning.tile)
+    tiles = -(-kv_blocks // tuning.tile)
     programs = q_blocks * (heads // tuning.heads_together)
     parts = parts_of_a_row(tiles, programs * batch.size, multiprocessors(q.device))
-    stride = triton.cdiv(kv_blocks, 16) * 16  # aligned rows
+    stride = -(-kv_blocks // 16) * 16  # aligned rows
     log_s = torch.empty((batch.size, heads, q_blocks, stride), dtype=torch.float32, device=q.device)
     part_max = torch.empty((batch.size, heads, q_blocks, parts), dtype=torch.float32, device=q.device)
     if log_s.numel():
@@ -317,12 +337,12 @@ def flash_prefill_scores(
                 kv_blocks,
                 tiles,
                 parts,
-                triton.cdiv(tiles, parts),
+                -(-tiles // parts),
                 constants={
                     "HEADS": heads,
                     "GROUP": group,
                     "DIM": dim,
-                    "DIM_PADDED": triton.next_power_of_2(dim),
+                    "DIM_PADDED": next_power_of_2(dim),
                     "QUERY_BLOCK": selector.query_block,
                     "BLOCK_SIZE": selector.block_size,
                     "HEADS_TOGETHER": tuning.heads_together,

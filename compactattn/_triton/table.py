@@ -7,13 +7,29 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import on_device
+from compactattn._triton import next_power_of_2, on_device
+from compactattn._triton.grouping import SIZES, pick_grouping, union_sizes
 from compactattn._triton.launch import launch
-from compactattn._triton.scores import MAX_PARTS
-from compactattn._triton.union import KEEP_TILE, last_block, row_count, row_members, store_rows
+from compactattn._triton.scores import MAX_PARTS, wanted_blocks
+from compactattn._triton.union import (
+    KEEP_TILE,
+    first_dense_block,
+    forced_blocks,
+    last_block,
+    row_count,
+    row_members,
+    store_rows,
+)
 from compactattn.data import BlockTable, GroupMask, PrefillBatch
+from compactattn.grouping import DEFAULT_COSTS, candidates, costs_of
 from compactattn.selection import BlockScores, log_alpha
 from compactattn.selectors import FlashPrefill
+from compactattn.union import span_blocks
+from compactattn.validation import Auto
+
+# Members of a row that a program reads at once. Measured on an H200 at 128K: 16 halve the time of a row of 32 against
+# 8; a row of one member wants no more, and where the grouping is picked most rows have one.
+MOST_MEMBERS, AUTO_MEMBERS = 16, 2
 
 
 @triton.jit
@@ -72,6 +88,11 @@ def build_table(groups: GroupMask) -> BlockTable:
         "span",
         "q_blocks",
         "kv_blocks",
+        "tiles",
+        "whole_span",
+        "arithmetic_ps",
+        "bytes_ps",
+        "row_ps",
     ],
     do_not_specialize_on_alignment=["cu_seqlens_q", "seq_lens", "prompt_lens"],
 )
@@ -98,7 +119,17 @@ def _table_from_scores_kernel(
     span,
     q_blocks,
     kv_blocks,
+    sizes,
+    tiles,
+    whole_span,
+    arithmetic_ps,
+    bytes_ps,
+    row_ps,
     HEADS_PER_GROUP: tl.constexpr,
+    GROUP: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    TWO_SPANS: tl.constexpr,
+    SIZES: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DENSE_END: tl.constexpr,
@@ -107,7 +138,11 @@ def _table_from_scores_kernel(
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program per row: threshold, forced blocks, union and ordered compaction in one pass over the scores."""
+    """One program per row: threshold, forced blocks, union and ordered compaction in one pass over the scores.
+
+    With OPTIONS, numbers of heads that may share a row, rows are numbered as those of one head and one query block, and
+    `pick_grouping` says which of them are used, and by whom.
+    """
     r = tl.program_id(0)
     b, group, first, stop, q_len, past_len = row_members(
         r,
@@ -123,69 +158,95 @@ def _table_from_scores_kernel(
         DENSE_END,
     )
     past_blocks = past_len // BLOCK_SIZE
-    last = tl.where(stop > first, last_block(stop, q_len, past_len, QUERY_BLOCK, BLOCK_SIZE), -1)
-    # the first member's window reaches back furthest, and every past block is visible to every member
-    window_from = last_block(first + 1, q_len, past_len, QUERY_BLOCK, BLOCK_SIZE) - window_blocks + 1
     dense = (q_len <= dense_queries) | (past_len + q_len <= dense_keys)
     if DENSE_END:
         dense = dense | (r >= requests * groups * spans)
     first_head = (b * groups + group) * HEADS_PER_GROUP
-    members = HEADS_PER_GROUP * tl.maximum(stop - first, 0)
+    heads = HEADS_PER_GROUP
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+    if len(OPTIONS) > 0:
+        fixed = r < requests * groups * spans
+        i = r % spans
+        live = (q_len + QUERY_BLOCK - 1) // QUERY_BLOCK
+        if DENSE_END:
+            live = tl.minimum(live, first_dense_block(prompt_lens, b, q_len, past_len, dense_tail, QUERY_BLOCK))
+        own_sizes = sizes + (b * groups + group).to(tl.int64) // GROUP * tiles * SIZES
+        heads, picked_span = pick_grouping(
+            own_sizes, tiles, live, whole_span, arithmetic_ps, bytes_ps, row_ps, GROUP, OPTIONS, TWO_SPANS, SIZES
+        )
+        leads = (group % heads == 0) & (i % picked_span == 0) & (first < stop)
+        heads = tl.where(fixed, heads, 1)
+        stop = tl.where(fixed, tl.where(leads, tl.minimum(i + picked_span, live), first), stop)
+        row = r - group % heads * spans - i % picked_span
+        if DENSE_END:
+            row = tl.where((i >= live) & (i * QUERY_BLOCK < q_len), requests * groups * spans + b, row)
+        tl.store(rows + r, row, mask=fixed)
+    members = heads * tl.maximum(stop - first, 0)
+    last = tl.where(stop > first, last_block(stop, q_len, past_len, QUERY_BLOCK, BLOCK_SIZE), -1)
     count = 0
     for start in range(0, last + 1, TILE):
         j = start + tl.arange(0, TILE)
-        forced = (j >= past_blocks) | (j < sink_blocks) | (j >= window_from) | dense
-        kept = (forced & (j <= last)).to(tl.int32)
+        forced = forced_blocks(
+            j, first, stop, q_len, past_len, sink_blocks, window_blocks, dense, QUERY_BLOCK, BLOCK_SIZE
+        )
+        kept = forced.to(tl.int32)
         if (start < past_blocks) & (dense == 0):
             for m0 in range(0, members, MEMBERS):
                 m = m0 + tl.arange(0, MEMBERS)
                 known = m < members
                 member = (first_head + m // (stop - first)).to(tl.int64) * q_blocks + first + m % (stop - first)
-                part = tl.arange(0, MAX_PARTS)
-                peaks = tl.load(
-                    part_max + member[:, None] * parts + part[None, :],
-                    mask=known[:, None] & (part < parts)[None, :],
-                    other=float("-inf"),
+                wanted = wanted_blocks(
+                    log_s, log_s_stride, part_max, parts, log_alpha, member, known, j, past_blocks, MAX_PARTS
                 )
-                threshold = tl.max(peaks, axis=1) + log_alpha
-                s = tl.load(
-                    log_s + member[:, None] * log_s_stride + j[None, :],
-                    mask=known[:, None] & (j < past_blocks)[None, :],
-                    other=float("-inf"),
-                )
-                wanted = (s >= threshold[:, None]) & (s > float("-inf"))
                 kept = kept | tl.max(wanted.to(tl.int32), axis=0)
         count = _append(indices + r.to(tl.int64) * kv_blocks, count, kept, j)
     tl.store(counts + r, count)
-    store_rows(
-        rows,
-        r,
-        cu_seqlens_q,
-        seq_lens,
-        prompt_lens,
-        dense_tail,
-        requests,
-        groups,
-        spans,
-        span,
-        q_blocks,
-        HEADS_PER_GROUP,
-        QUERY_BLOCK,
-        DENSE_END,
-    )
+    if len(OPTIONS) == 0:
+        store_rows(
+            rows,
+            r,
+            cu_seqlens_q,
+            seq_lens,
+            prompt_lens,
+            dense_tail,
+            requests,
+            groups,
+            spans,
+            span,
+            q_blocks,
+            HEADS_PER_GROUP,
+            QUERY_BLOCK,
+            DENSE_END,
+        )
 
 
 def table_from_scores(
-    scores: BlockScores, batch: PrefillBatch, selector: FlashPrefill, heads_per_group: int, span: int
+    scores: BlockScores,
+    batch: PrefillBatch,
+    selector: FlashPrefill,
+    kv_heads: int,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None,
 ) -> BlockTable:
     """What select, unite and build_table give one after the other, without a mask in memory."""
     assert scores.part_max is not None
     _, heads, q_blocks, kv_blocks = scores.log_s.shape
     device = scores.log_s.device
-    groups, spans = heads // heads_per_group, -(-q_blocks // span)
+    group, whole = heads // kv_heads, span_blocks(q_blocks, None)
+    options: tuple[int, ...] = ()
+    groups, span, two_spans = heads, 1, False  # of "auto": rows are numbered as those of one head and query block
+    sizes, tiles, costs = scores.part_max, 0, DEFAULT_COSTS
+    if heads_per_group == "auto" or query_blocks_per_span == "auto":
+        several = candidates(group, q_blocks, heads_per_group, query_blocks_per_span)
+        options = tuple(sorted({n for n, _ in several}))
+        whole, two_spans = several[-1][1], several[0][1] < several[-1][1]
+        sizes = union_sizes(scores, batch, selector, kv_heads, options, whole, two_spans)
+        tiles, costs = sizes.shape[2], costs_of(device)
+    else:
+        groups, span = heads // heads_per_group, span_blocks(q_blocks, query_blocks_per_span)
+    spans = -(-q_blocks // span)
     dense_end = selector.dense_last_blocks > 0 and batch.prompt_lens is not None
     num_rows = row_count(batch, groups, spans, dense_end)
     indices = torch.empty((num_rows, kv_blocks), dtype=torch.int32, device=device)
@@ -218,13 +279,23 @@ def table_from_scores(
                 span,
                 q_blocks,
                 kv_blocks,
+                sizes,
+                tiles,
+                whole,
+                costs.arithmetic_ps,
+                costs.bytes_ps,
+                costs.row_ps,
                 constants={
-                    "HEADS_PER_GROUP": heads_per_group,
+                    "HEADS_PER_GROUP": heads // groups,
+                    "GROUP": group,
+                    "OPTIONS": options,
+                    "TWO_SPANS": two_spans,
+                    "SIZES": SIZES,
                     "QUERY_BLOCK": selector.query_block,
                     "BLOCK_SIZE": selector.block_size,
                     "DENSE_END": dense_end,
                     "MAX_PARTS": MAX_PARTS,
-                    "MEMBERS": min(16, 4 * triton.next_power_of_2(heads_per_group)),
+                    "MEMBERS": AUTO_MEMBERS if options else min(MOST_MEMBERS, next_power_of_2(heads // groups * span)),
                     "TILE": KEEP_TILE,
                 },
                 device=indices.device,

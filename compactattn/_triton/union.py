@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from compactattn._triton import on_device
+from compactattn._triton import next_power_of_2, on_device
 from compactattn._triton.launch import launch
 from compactattn.data import GroupMask, PrefillBatch, SelectionMask
 
@@ -68,6 +68,29 @@ def row_members(
 def last_block(i_stop, q_len, past_len, QUERY_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The KV block of the last row before query block `i_stop`: the last one visible to it."""
     return (past_len + tl.minimum(i_stop * QUERY_BLOCK, q_len) - 1) // BLOCK_SIZE
+
+
+@triton.jit
+def forced_blocks(
+    j,
+    first,
+    stop,
+    q_len,
+    past_len,
+    sink_blocks,
+    window_blocks,
+    dense,
+    QUERY_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Blocks j that query blocks [first, stop) keep without any score: sink, window, current region; all if `dense`.
+
+    The first query block's window reaches back furthest, and every past block is visible to every query block.
+    """
+    last = tl.where(stop > first, last_block(stop, q_len, past_len, QUERY_BLOCK, BLOCK_SIZE), -1)
+    window_from = last_block(first + 1, q_len, past_len, QUERY_BLOCK, BLOCK_SIZE) - window_blocks + 1
+    forced = (j >= past_len // BLOCK_SIZE) | (j < sink_blocks) | (j >= window_from) | dense
+    return forced & (j <= last)
 
 
 @triton.jit
@@ -200,7 +223,7 @@ def unite(selection: SelectionMask, batch: PrefillBatch, heads_per_group: int, s
         with on_device(mask):
             launch(
                 _unite_kernel,
-                (num_rows, triton.cdiv(kv_blocks, KEEP_TILE)),
+                (num_rows, -(-kv_blocks // KEEP_TILE)),
                 mask.view(torch.uint8),
                 keep,
                 rows,
@@ -216,7 +239,7 @@ def unite(selection: SelectionMask, batch: PrefillBatch, heads_per_group: int, s
                 kv_blocks,
                 constants={
                     "HEADS_PER_GROUP": heads_per_group,
-                    "HEADS_PADDED": triton.next_power_of_2(heads_per_group),
+                    "HEADS_PADDED": next_power_of_2(heads_per_group),
                     "QUERY_BLOCK": selection.query_block,
                     "BLOCK_SIZE": selection.block_size,
                     "DENSE_END": dense_end,
