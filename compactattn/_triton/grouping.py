@@ -15,6 +15,7 @@ from compactattn._triton.union import first_dense_block, forced_blocks, request_
 from compactattn.data import PrefillBatch
 from compactattn.selection import BlockScores, log_alpha
 from compactattn.selectors import FlashPrefill
+from compactattn.validation import Auto
 
 TILE = 32  # KV blocks of one program
 MEMBERS = 32  # pairs of a head and a query block that a program looks at together
@@ -194,9 +195,12 @@ def union_sizes(
     kv_heads: int,
     options: tuple[int, ...],
     span: int,
-    two_spans: bool,
+    query_blocks_per_span: int | Auto | None,
 ) -> Tensor:
-    """int32 [B, Hkv, tiles, SIZES]: per tile of KV blocks, members * |union| summed over each candidate's rows."""
+    """int32 [B, Hkv, tiles, SIZES]: per tile of KV blocks, members * |union| summed over each candidate's rows.
+
+    span: the coarser candidates' query blocks, those of the setting within the chunk.
+    """
     assert scores.part_max is not None
     requests, heads, q_blocks, kv_blocks = scores.log_s.shape
     tiles, padded = -(-kv_blocks // TILE), next_power_of_2(heads // kv_heads)
@@ -228,12 +232,12 @@ def union_sizes(
                 "GROUP": heads // kv_heads,
                 "GROUP_PADDED": padded,
                 "OPTIONS": options,
-                "TWO_SPANS": two_spans,
+                "TWO_SPANS": query_blocks_per_span == "auto",
                 "QUERY_BLOCK": selector.query_block,
                 "BLOCK_SIZE": selector.block_size,
                 "DENSE_END": dense_end,
                 "MAX_PARTS": MAX_PARTS,
-                "BLOCKS": max(1, MEMBERS // padded) if span >= q_blocks else 1,
+                "BLOCKS": max(1, MEMBERS // padded) if query_blocks_per_span in (None, "auto") else 1,
                 "TILE": TILE,
                 "SIZES": SIZES,
             },

@@ -32,6 +32,15 @@ from compactattn.validation import Auto
 MOST_MEMBERS, AUTO_MEMBERS = 16, 2
 
 
+def members_at_once(heads_per_group: int | Auto, query_blocks_per_span: int | Auto | None) -> int:
+    """A function of the settings alone: the length of a chunk must not decide what is compiled."""
+    if heads_per_group == "auto" or query_blocks_per_span == "auto":
+        return AUTO_MEMBERS
+    if query_blocks_per_span is None:
+        return MOST_MEMBERS
+    return min(MOST_MEMBERS, next_power_of_2(heads_per_group * query_blocks_per_span))
+
+
 @triton.jit
 def _append(indices_row, count, kept, j):
     """Write the kept block ids behind the `count` entries that the row already has; returns the new count."""
@@ -236,13 +245,14 @@ def table_from_scores(
     device = scores.log_s.device
     group, whole = heads // kv_heads, span_blocks(q_blocks, None)
     options: tuple[int, ...] = ()
-    groups, span, two_spans = heads, 1, False  # of "auto": rows are numbered as those of one head and query block
+    groups, span = heads, 1  # of "auto": rows are numbered as those of one head and query block
+    two_spans = query_blocks_per_span == "auto"
     sizes, tiles, costs = scores.part_max, 0, DEFAULT_COSTS
     if heads_per_group == "auto" or query_blocks_per_span == "auto":
         several = candidates(group, q_blocks, heads_per_group, query_blocks_per_span)
         options = tuple(sorted({n for n, _ in several}))
-        whole, two_spans = several[-1][1], several[0][1] < several[-1][1]
-        sizes = union_sizes(scores, batch, selector, kv_heads, options, whole, two_spans)
+        whole = several[-1][1]
+        sizes = union_sizes(scores, batch, selector, kv_heads, options, whole, query_blocks_per_span)
         tiles, costs = sizes.shape[2], costs_of(device)
     else:
         groups, span = heads // heads_per_group, span_blocks(q_blocks, query_blocks_per_span)
@@ -295,7 +305,7 @@ def table_from_scores(
                     "BLOCK_SIZE": selector.block_size,
                     "DENSE_END": dense_end,
                     "MAX_PARTS": MAX_PARTS,
-                    "MEMBERS": AUTO_MEMBERS if options else min(MOST_MEMBERS, next_power_of_2(heads // groups * span)),
+                    "MEMBERS": members_at_once(heads_per_group, query_blocks_per_span),
                     "TILE": KEEP_TILE,
                 },
                 device=indices.device,
