@@ -166,7 +166,7 @@ def attend_kernel(q: Tensor, kv: PagedKV, block_size: int, query_block: int) -> 
     """
     if not q.is_cuda:
         return "numba"
-    from compactattn._triton.attention import why_not_hopper
+    from compactattn._triton.hopper_rule import why_not_hopper
 
     problem = {
         "capability": torch.cuda.get_device_capability(q.device),

@@ -351,7 +351,7 @@ def _triton_attention(capability: tuple[int, int]) -> dict[str, str]:
     """Which kernel attends on a GPU of this compute capability to some usual problems, and why not the faster one."""
     import torch
 
-    from compactattn._triton.attention import why_not_hopper
+    from compactattn._triton.hopper_rule import why_not_hopper
 
     kernels = {}
     for dtype, head_dim, query_block in (

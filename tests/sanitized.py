@@ -18,7 +18,7 @@ import torch
 import compactattn
 import reference
 from compactattn import BlockTable, Dense, FlashPrefill, KVSummary, PagedKV, PrefillBatch, XAttention
-from compactattn._triton.attention import why_not_hopper
+from compactattn._triton.hopper_rule import why_not_hopper
 
 Record = TypeVar("Record", PagedKV, PrefillBatch, BlockTable, KVSummary)
 

@@ -15,7 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from compactattn._triton.hopper import _async_load, _barrier, _one_value, _put_value
+from compactattn._triton.gluon_names import async_load, barrier
+from compactattn._triton.hopper_copies import item_value, put_item_value
 
 SIDE = gl.constexpr(64)
 
@@ -24,10 +25,10 @@ SIDE = gl.constexpr(64)
 def _produce(desc, tile, number, ready, free, tiles):
     for n in range(tiles):
         mbarrier.wait(free, (n & 1) ^ 1)
-        _put_value(number, n)
-        _barrier()
+        put_item_value(number, n)
+        barrier()
         mbarrier.expect(ready, SIDE * SIDE * 2)
-        _async_load(desc, [n * SIDE, 0], ready, tile)
+        async_load(desc, [n * SIDE, 0], ready, tile)
 
 
 @gluon.jit
@@ -37,7 +38,7 @@ def _consume(out, tile, number, ready, free, tiles):
     column = gl.arange(0, SIDE, gl.SliceLayout(0, layout))
     for n in range(tiles):
         mbarrier.wait(ready, n & 1)
-        first_row = _one_value(number) * SIDE
+        first_row = item_value(number) * SIDE
         values = tile.load(layout)
         mbarrier.arrive(free, count=1)
         gl.store(out + gl.expand_dims((first_row + row) * SIDE, 1) + gl.expand_dims(column, 0), values)

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from compactattn._triton import capability, next_power_of_2, on_device
+from compactattn._triton.hopper_rule import tma_strides, why_not_hopper
 from compactattn._triton.launch import launch
 from compactattn._triton.union import request_lens
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
@@ -412,7 +413,7 @@ class AttendTuning:
 
 
 def attend_tuning(
-    head_dim: int, dtype: torch.dtype, page_size: int, query_block: int, capability: tuple[int, int], tma_strides: bool
+    head_dim: int, dtype: torch.dtype, page_size: int, query_block: int, capability: tuple[int, int], tma: bool
 ) -> AttendTuning:
     """The kernel's shape, a pure function of the problem's constants and the device; never of a length.
 
@@ -423,48 +424,12 @@ def attend_tuning(
         return AttendTuning(16 if head_dim > 128 else 32, tile=32, descriptor=False, num_warps=8, num_stages=1)
     tile = 64 if head_dim <= 128 else 32
     warpgroups = (9, 0) <= capability < (12, 0)  # products there read K and V from shared memory, not from registers
-    if not warpgroups or not tma_strides or page_size < tile:  # pointers cost registers: a smaller tile
+    if not warpgroups or not tma or page_size < tile:  # pointers cost registers: a smaller tile
         if head_dim > 128 and capability not in ((8, 0), (9, 0), (10, 0), (10, 3)):  # 99 KiB of shared memory
             return AttendTuning(64, 32, descriptor=False, num_warps=8, num_stages=2)
         return AttendTuning(query_block, 32, descriptor=False, num_warps=4 if head_dim <= 128 else 8, num_stages=3)
     num_warps = 4 if query_block == 64 or head_dim <= 128 else 8
     return AttendTuning(query_block, tile, descriptor=True, num_warps=num_warps, num_stages=2)
-
-
-def _tma_strides(*tensors: Tensor) -> bool:
-    """Can tensor descriptors describe these? Strides and addresses in multiples of 16 bytes."""
-    return all(
-        tensor.data_ptr() % 16 == 0 and all(s * tensor.element_size() % 16 == 0 for s in tensor.stride()[:-1])
-        for tensor in tensors
-    )
-
-
-#: Triton versions with which the Hopper kernel ran, correctly, on a GPU: with others the general kernel runs.
-GLUON_VERSIONS = ((3, 6),)
-#: Versions with which it compiles to the same loop (tests/test_compile.py) but has not run: no reason to run it yet.
-GLUON_COMPILED = ((3, 7), (3, 9))
-
-
-def why_not_hopper(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, query_block: int) -> str | None:
-    """Why the warp-specialised Hopper kernel does not run this problem, or None if it does.
-
-    The rule: compute capability 9.0, a Triton version of GLUON_VERSIONS, float16 or bfloat16, head dimension 64 or
-    128, query blocks of 128, and strides of Q, K and V that TMA takes. Everything else runs the general kernel.
-    """
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if capability != (9, 0):
-        return f"compute capability {capability[0]}.{capability[1]}, not 9.0"
-    if version not in GLUON_VERSIONS:
-        tried = "compiled but never run" if version in GLUON_COMPILED else "never tried"
-        proven = ", ".join(f"{major}.{minor}" for major, minor in GLUON_VERSIONS)
-        return f"Triton {triton.__version__}, with which it was {tried} on a GPU, not {proven}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"{dtype}, not float16 or bfloat16"
-    if head_dim not in (64, 128):
-        return f"head dimension {head_dim}, not 64 or 128"
-    if query_block != 128:
-        return f"query blocks of {query_block}, not 128"
-    return None
 
 
 def attend(
@@ -483,13 +448,12 @@ def attend(
     if q_blocks == 0 or q.shape[0] == 0:
         return
     refusal = why_not_hopper(capability(q.device), q.dtype, dim, table.query_block)
-    if refusal is None and scale > 0 and _tma_strides(q, kv.k, kv.v):
+    if refusal is None and scale > 0 and tma_strides(q, kv.k, kv.v):
         from compactattn._triton import hopper
 
         hopper.attend(q, kv, batch, table, scale, out, lse)
         return
-    tma_strides = _tma_strides(kv.k, kv.v)
-    tuning = attend_tuning(dim, q.dtype, kv.page_size, table.query_block, capability(q.device), tma_strides)
+    tuning = attend_tuning(dim, q.dtype, kv.page_size, table.query_block, capability(q.device), tma_strides(kv.k, kv.v))
     padded = next_power_of_2(dim)
     k, v = kv.k, kv.v
     if tuning.descriptor:

@@ -87,9 +87,9 @@ def _plan_kernel(
     tile = chunk * _CHUNK + lane
     exists = tile < tiles
     tile = tl.where(exists, tile, 0)
-    i = q_blocks - 1 - tile % q_blocks  # the last query block reads most: it goes first
-    head = tile // q_blocks % HEADS
-    b = tile // q_blocks // HEADS
+    i = q_blocks - 1 - tile // HEADS % q_blocks  # a request's last query block reads most: its heads go first
+    head = tile % HEADS
+    b = tile // HEADS // q_blocks
     q_start = tl.load(cu_seqlens_q + b)
     q_len = tl.load(cu_seqlens_q + b + 1) - q_start
     past_len = tl.load(seq_lens + b) - q_len
