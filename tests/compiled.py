@@ -50,8 +50,7 @@ def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
     """Call one of the backend's launchers on tensors of the given shape."""
     from compactattn._triton import attention, block_mass, launch, scores, summary, table, union
 
-    for module in (launch, scores):  # tuning, and the overlap of launches
-        module.capability = lambda _: divmod(arch, 10)
+    launch.capability = lambda _: divmod(arch, 10)  # the overlap of launches
     dtype = getattr(torch, p.get("dtype", "bfloat16"))
     dim, page_size, block_size = p.get("dim", 128), p.get("page", 128), p.get("block", 128)
     group, query_block, kv_heads, pages = p.get("group", 4), p.get("query_block", 128), 8, 16
@@ -77,6 +76,11 @@ def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
         attention.attend_tuning = lambda d, t, page, qb, _, tma: tuning(d, t, page, qb, capability, tma)
         attention.attend(q, kv, batch, blocks, dim**-0.5, out, lse)
         attention.attend_tuning = tuning
+    elif launcher == "hopper scores":
+        from compactattn._triton import hopper_scores
+
+        means = torch.empty(1, kv_heads, kv_blocks, dim, dtype=dtype)
+        hopper_scores.score_blocks(q, means, batch, block_size, dim**-0.5, -(-kv_blocks // 16) * 16, scores.MAX_PARTS)
     elif launcher == "scores":
         means = KVSummary(torch.empty(pages, page_size // unit, kv_heads, dim), None, unit)
         scores.flash_prefill_scores(q, kv, batch, selector, scale=dim**-0.5, summary=means)
@@ -162,7 +166,7 @@ def product_loops(code: list[tuple[int, str]]) -> list[dict[str, Any]]:
 
 
 def describe(name: str, compiled: Any, log: str) -> dict[str, Any]:
-    """Registers and spills as ptxas counts them; of the Hopper kernel also the loops of its machine code."""
+    """Registers and spills as ptxas counts them; of the Hopper kernels also the loops of their machine code."""
 
     def numbers(pattern: str) -> list[int]:
         return [int(n) for n in re.findall(pattern, log)]
@@ -175,7 +179,7 @@ def describe(name: str, compiled: Any, log: str) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         "serialised": re.findall(r"C75\d\d", log),
-        "loops": product_loops(disassemble(compiled.asm["cubin"])) if name == "_hopper_kernel" else [],
+        "loops": product_loops(disassemble(compiled.asm["cubin"])) if name.startswith("_hopper") else [],
     }
 
 

@@ -43,10 +43,11 @@ def test_addresses() -> None:
     inputs = [torch.zeros(5), torch.zeros(7, dtype=torch.int32)]
     whole, other = torch.zeros(100), torch.zeros(3, dtype=torch.float16)
     front, back = whole[:60], whole[60:]
-    first, second = Kernel(), Kernel()
+    first, second, third = Kernel(), Kernel(), Kernel()
     launches = [
         (first, (1, 2, 3), (inputs[0], 3, front, 0.5, other)),
         (second, (4, 5, 6), (back, inputs[1], Descriptor(inputs[0], [16]), True, inputs[0])),
+        (third, (7, 8, 9), (Descriptor(whole.view(10, 10)[6:], [5]), other)),
     ]
     recording = Recording(inputs, launches)
     del launches
@@ -54,6 +55,7 @@ def test_addresses() -> None:
     recording.replay(again, stream=42)
     q, three, front_at, half, other_at = first.args
     back_at, table, descriptor, true, q_again = second.args
+    of_scratch, other_again = third.args
     assert (first.stream, second.stream) == (42, 42)
     assert (first.grid, second.grid) == ((1, 2, 3), (4, 5, 6))
     assert (q, table, q_again) == (again[0].data_ptr(), again[1].data_ptr(), again[0].data_ptr())
@@ -62,6 +64,9 @@ def test_addresses() -> None:
     assert descriptor.base is again[0]
     assert descriptor.block_shape == [16]
     assert back_at - front_at == 60 * 4  # of one tensor
+    assert isinstance(of_scratch, Descriptor)
+    assert (of_scratch.base.data_ptr(), of_scratch.block_shape) == (back_at, [5])
+    assert other_again == other_at
     scratch = sorted((front_at, other_at))
     assert scratch[1] - scratch[0] == ALIGNMENT * 2  # 400 bytes, then 6
     assert recording.scratch_bytes == ALIGNMENT * 3

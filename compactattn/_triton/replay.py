@@ -37,7 +37,8 @@ class Launch:
         args: what the kernel is given, without references to tensors.
         inputs: (place, which input).
         scratch: (place, offset in bytes).
-        descriptors: (place, which input): tensor descriptors of inputs.
+        input_descriptors: (place, which input): tensor descriptors of inputs.
+        scratch_descriptors: (place, offset in bytes): tensor descriptors of scratch.
     """
 
     compiled: Any
@@ -45,7 +46,18 @@ class Launch:
     args: list[Any]
     inputs: list[tuple[int, int]]
     scratch: list[tuple[int, int]]
-    descriptors: list[tuple[int, int]]
+    input_descriptors: list[tuple[int, int]]
+    scratch_descriptors: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a tensor descriptor asks of the tensor that it describes."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 class Recording:
@@ -65,7 +77,7 @@ class Recording:
         del self._inputs, self._memory, self._offsets  # ids and addresses mean nothing later
 
     def _launch(self, compiled: Any, grid: Grid, args: list[Any]) -> Launch:
-        launch = Launch(compiled, grid, args, [], [], [])
+        launch = Launch(compiled, grid, args, [], [], [], [])
         for place, arg in enumerate(args):
             if isinstance(arg, Tensor):
                 if id(arg) in self._inputs:
@@ -74,7 +86,10 @@ class Recording:
                     launch.scratch.append((place, self._offset(arg)))
                 args[place] = 0
             elif hasattr(arg, "block_shape"):  # a descriptor, of Triton or of Gluon
-                launch.descriptors.append((place, self._inputs[id(arg.base)]))
+                if id(arg.base) in self._inputs:
+                    launch.input_descriptors.append((place, self._inputs[id(arg.base)]))
+                else:
+                    launch.scratch_descriptors.append((place, self._offset(arg.base)))
                 args[place] = _with_base(arg, None)
         return launch
 
@@ -98,12 +113,14 @@ class Recording:
                 args[place] = addresses[n]
             for place, offset in launch.scratch:
                 args[place] = base + offset
-            for place, n in launch.descriptors:
+            for place, n in launch.input_descriptors:
                 args[place] = _with_base(args[place], inputs[n])
+            for place, offset in launch.scratch_descriptors:
+                args[place] = _with_base(args[place], Memory(base + offset))
             relaunch(launch.compiled, launch.grid, stream, args)
 
 
-def _with_base(descriptor: Any, base: Tensor | None) -> Any:
+def _with_base(descriptor: Any, base: Tensor | Memory | None) -> Any:
     """The same view of another tensor; nothing is checked again, since nothing but the address differs."""
     other = object.__new__(type(descriptor))
     other.__dict__.update(descriptor.__dict__, base=base)

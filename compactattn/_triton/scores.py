@@ -1,4 +1,7 @@
-"""FlashPrefill scores: log S(i, j) of every query block against every complete KV block."""
+"""FlashPrefill scores: log S(i, j) of every query block against every complete KV block.
+
+The kernel here is the general one; `hopper_scores` runs what `hopper_rule` allows.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compactattn._triton import capability, multiprocessors, next_power_of_2, on_device
+from compactattn._triton.hopper_rule import tma_strides, why_not_hopper
 from compactattn._triton.launch import launch
 from compactattn._triton.summary import block_means
 from compactattn._triton.union import request_lens
@@ -31,16 +35,13 @@ def _load_queries(
     q_start,
     q_len,
     i,
-    first_head,
+    head,
     dim,
     DIM: tl.constexpr,
-    HEADS_TOGETHER: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
 ):
-    """Components `dim` of query block i of HEADS_TOGETHER heads, head by head; zeros beyond the chunk."""
-    n = tl.arange(0, HEADS_TOGETHER * QUERY_BLOCK)
-    row = i * QUERY_BLOCK + n % QUERY_BLOCK
-    head = first_head + n // QUERY_BLOCK
+    """Components `dim` of query block i of a head; zeros beyond the chunk."""
+    row = i * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
     offset = (q_start + row).to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
     return tl.load(q + offset[:, None] + dim[None, :], mask=(row < q_len)[:, None] & (dim < DIM)[None, :], other=0.0)
 
@@ -58,19 +59,16 @@ def _score_tiles(
     q_len,
     past_len,
     i,
-    first_head,
+    head,
     means,
     reach,
     log_s,
-    log_s_row,
-    log_s_member_stride,
     log_s_stride,
     scale,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    HEADS_TOGETHER: tl.constexpr,
     TILE: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr,
     PRECISE: tl.constexpr,
@@ -81,28 +79,15 @@ def _score_tiles(
     KV blocks are the rows of the product and queries its columns, so that a sum over queries stays within a warp.
     PRECISE (float32, without tensor cores) adds the product up in parts that fit the registers.
     """
-    member = tl.arange(0, HEADS_TOGETHER)
     for tile in range(first_tile, stop_tile):
         j = tile * TILE + tl.arange(0, TILE)
         row_of_means = means + j.to(tl.int64)[:, None] * DIM
         if PRECISE:
-            s = tl.zeros([TILE, HEADS_TOGETHER * QUERY_BLOCK], tl.float32)
+            s = tl.zeros([TILE, QUERY_BLOCK], tl.float32)
             for start in range(0, DIM, 16):
                 dim = start + tl.arange(0, 16)
                 keys = tl.load(row_of_means + dim[None, :], mask=(j < reach)[:, None], other=0.0)
-                part = _load_queries(
-                    q,
-                    q_stride_token,
-                    q_stride_head,
-                    q_start,
-                    q_len,
-                    i,
-                    first_head,
-                    dim,
-                    DIM,
-                    HEADS_TOGETHER,
-                    QUERY_BLOCK,
-                )
+                part = _load_queries(q, q_stride_token, q_stride_head, q_start, q_len, i, head, dim, DIM, QUERY_BLOCK)
                 s = tl.dot(keys, tl.trans(part), s, input_precision="ieee")
         else:
             dim = tl.arange(0, DIM_PADDED)
@@ -116,25 +101,20 @@ def _score_tiles(
         if not POSITIVE_SCALE:
             s = s * scale
         if MASKED:
-            row = i * QUERY_BLOCK + tl.arange(0, HEADS_TOGETHER * QUERY_BLOCK) % QUERY_BLOCK
+            row = i * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
             position = tl.where(row < q_len, past_len + row, -1)
             ends = tl.where(j < reach, (j + 1) * BLOCK_SIZE - 1, 0x7FFFFFFF)
             s = tl.where(position[None, :] >= ends[:, None], s, float("-inf"))
-        s = s.reshape(TILE, HEADS_TOGETHER, QUERY_BLOCK)
-        peak = tl.max(s, axis=2)
+        peak = tl.max(s, axis=1)
         if POSITIVE_SCALE:
             peak = peak * scale
             s = s * scale
         shift = tl.where(peak == float("-inf"), 0.0, peak) if MASKED else peak
-        total = tl.sum(tl.exp2(s - shift[:, :, None]), axis=2)
+        total = tl.sum(tl.exp2(s - shift[:, None]), axis=1)
         if MASKED:
             total = tl.where(peak == float("-inf"), 1.0, total)
         score = (peak + tl.log2(total)) * LN_2
-        tl.store(
-            log_s + log_s_row + member[None, :] * log_s_member_stride + j[:, None],
-            score,
-            mask=(j < log_s_stride)[:, None],
-        )
+        tl.store(log_s + j, score, mask=j < log_s_stride)
         best = tl.maximum(best, score)
     return best
 
@@ -165,21 +145,19 @@ def _scores_kernel(
     DIM_PADDED: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    HEADS_TOGETHER: tl.constexpr,
     TILE: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr,
     PRECISE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program per (part of the KV blocks, query block, HEADS_TOGETHER heads of one KV group; request)."""
+    """One program per (part of the KV blocks, query block, head; request)."""
     part = tl.program_id(0) % parts
     i = tl.program_id(0) // parts % q_blocks
-    first_head = tl.program_id(0) // parts // q_blocks * HEADS_TOGETHER
+    head = tl.program_id(0) // parts // q_blocks
     b = tl.program_id(1)
     q_start, q_len, past_len = request_lens(cu_seqlens_q, seq_lens, b)
-    out_row = (b.to(tl.int64) * HEADS + first_head) * q_blocks + i
-    log_s_row = out_row * log_s_stride
-    log_s_member_stride = q_blocks.to(tl.int64) * log_s_stride
+    out_row = (b.to(tl.int64) * HEADS + head) * q_blocks + i
+    log_s += out_row * log_s_stride
     # complete blocks that end at or before the query block's last row, and those that even its first row scores
     present = i * QUERY_BLOCK < q_len
     reach = tl.where(present, (past_len + tl.minimum((i + 1) * QUERY_BLOCK, q_len)) // BLOCK_SIZE, 0)
@@ -188,17 +166,15 @@ def _scores_kernel(
     stop_tile = tl.minimum(first_tile + tiles_per_part, tiles)
     scored_tile = tl.minimum(stop_tile, tl.maximum(first_tile, (reach + TILE - 1) // TILE))
     full_tile = tl.minimum(scored_tile, tl.maximum(first_tile, full // TILE))
-    means = block_means + (b.to(tl.int64) * (HEADS // GROUP) + first_head // GROUP) * kv_blocks * DIM
+    means = block_means + (b.to(tl.int64) * (HEADS // GROUP) + head // GROUP) * kv_blocks * DIM
     queries = 0.0
     if not PRECISE:
         dim = tl.arange(0, DIM_PADDED)
-        queries = _load_queries(
-            q, q_stride_token, q_stride_head, q_start, q_len, i, first_head, dim, DIM, HEADS_TOGETHER, QUERY_BLOCK
-        )
+        queries = _load_queries(q, q_stride_token, q_stride_head, q_start, q_len, i, head, dim, DIM, QUERY_BLOCK)
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    best = tl.full([TILE, HEADS_TOGETHER], float("-inf"), tl.float32)
+    best = tl.full([TILE], float("-inf"), tl.float32)
     for masked in tl.static_range(2):
         best = _score_tiles(
             best,
@@ -212,31 +188,25 @@ def _scores_kernel(
             q_len,
             past_len,
             i,
-            first_head,
+            head,
             means,
             reach,
             log_s,
-            log_s_row,
-            log_s_member_stride,
             log_s_stride,
             scale * LOG2_E,
             DIM,
             DIM_PADDED,
             QUERY_BLOCK,
             BLOCK_SIZE,
-            HEADS_TOGETHER,
             TILE,
             POSITIVE_SCALE,
             PRECISE,
             masked,
         )
-    member = tl.arange(0, HEADS_TOGETHER)
-    tl.store(part_max + (out_row + member * q_blocks) * parts + part, tl.max(best, axis=0))
-    nothing = tl.full([TILE, HEADS_TOGETHER], float("-inf"), tl.float32)
+    tl.store(part_max + out_row * parts + part, tl.max(best, axis=0))
     for tile in range(scored_tile, stop_tile):
         j = tile * TILE + tl.arange(0, TILE)
-        pointers = log_s + log_s_row + member[None, :] * log_s_member_stride + j[:, None]
-        tl.store(pointers, nothing, mask=(j < log_s_stride)[:, None])
+        tl.store(log_s + j, tl.full([TILE], float("-inf"), tl.float32), mask=j < log_s_stride)
 
 
 @triton.jit
@@ -264,26 +234,20 @@ class ScoresTuning:
     """How one call of the kernel is shaped.
 
     Attributes:
-        heads_together: adjacent heads of a KV group whose queries share each tile of means.
         tile: KV blocks per product.
         num_warps, num_stages: Triton's launch options.
     """
 
-    heads_together: int
     tile: int
     num_warps: int
     num_stages: int
 
 
-def scores_tuning(head_dim: int, dtype: torch.dtype, group: int, capability: tuple[int, int]) -> ScoresTuning:
-    """A function of the problem's constants and of the device, never of a length."""
+def scores_tuning(head_dim: int, dtype: torch.dtype) -> ScoresTuning:
+    """A function of the problem's constants, never of a length."""
     if dtype == torch.float32:  # no tensor cores: small products stay in registers
-        return ScoresTuning(1, 32, 8, 1)
-    if head_dim > 128:
-        return ScoresTuning(1, 64, 4, 2)
-    if capability == (9, 0) and group % 2 == 0:  # two heads and three tiles of means, twice in an SM's shared memory
-        return ScoresTuning(2, 64, 4, 3)
-    return ScoresTuning(1, 64, 4, 3)
+        return ScoresTuning(32, 8, 1)
+    return ScoresTuning(64, 4, 2 if head_dim > 128 else 3)
 
 
 def parts_of_a_row(tiles: int, rows: int, multiprocessors: int) -> int:
@@ -311,11 +275,16 @@ def flash_prefill_scores(
     group = heads // kv.num_kv_heads
     q_blocks, kv_blocks = batch.query_blocks(selector.query_block), batch.kv_blocks(selector.block_size)
     means = block_means(kv, batch, selector.block_size, q.dtype, summary)
-    tuning = scores_tuning(dim, q.dtype, group, capability(q.device))
-    tiles = -(-kv_blocks // tuning.tile)
-    programs = q_blocks * (heads // tuning.heads_together)
-    parts = parts_of_a_row(tiles, programs * batch.size, multiprocessors(q.device))
     stride = -(-kv_blocks // 16) * 16  # aligned rows
+    refusal = why_not_hopper(capability(q.device), q.dtype, dim, selector.query_block)
+    if refusal is None and scale > 0 and tma_strides(q):
+        from compactattn._triton.hopper_scores import score_blocks
+
+        log_s, part_max = score_blocks(q, means, batch, selector.block_size, scale, stride, MAX_PARTS)
+        return BlockScores(log_s[..., :kv_blocks], part_max)
+    tuning = scores_tuning(dim, q.dtype)
+    tiles, programs = -(-kv_blocks // tuning.tile), q_blocks * heads
+    parts = parts_of_a_row(tiles, programs * batch.size, multiprocessors(q.device))
     log_s = torch.empty((batch.size, heads, q_blocks, stride), dtype=torch.float32, device=q.device)
     part_max = torch.empty((batch.size, heads, q_blocks, parts), dtype=torch.float32, device=q.device)
     if log_s.numel():
@@ -345,7 +314,6 @@ def flash_prefill_scores(
                     "DIM_PADDED": next_power_of_2(dim),
                     "QUERY_BLOCK": selector.query_block,
                     "BLOCK_SIZE": selector.block_size,
-                    "HEADS_TOGETHER": tuning.heads_together,
                     "TILE": tuning.tile,
                     "POSITIVE_SCALE": scale > 0,
                     "PRECISE": q.dtype == torch.float32,
