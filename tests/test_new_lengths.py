@@ -1,4 +1,4 @@
-"""What is compiled must follow from shapes of the model and settings, never from a length: a new one is no new kernel."""
+"""What is compiled must follow from shapes of the model and settings, never from a length: none is a new kernel."""
 
 from __future__ import annotations
 
