@@ -30,6 +30,7 @@ class PageGrid:
         logical: int [num_pages]; which page of the request it holds, -1 for none.
         readers: int [num_pages]; (head, query block) pairs of the KV head whose row names a block in it.
         page_size, stop: tokens per page; tokens of the request.
+        page_bytes: of a page's keys and values for this KV head, in 16-bit elements.
     """
 
     kinds: np.ndarray
@@ -37,6 +38,7 @@ class PageGrid:
     readers: np.ndarray
     page_size: int
     stop: int
+    page_bytes: int
 
     def count(self, kind: str) -> int:
         return int((self.kinds == PAGE_KINDS.index(kind)).sum())
@@ -58,7 +60,8 @@ def page_grid(step: Step, reading: Reading, kv_head: int) -> PageGrid:
     kinds, logical, spread = (np.full(step.kv.k.shape[0], value) for value in (0, -1, 0))
     kinds[physical] = np.where(readers == 0, 1, np.where(current, 3, 2))
     logical[physical], spread[physical] = np.arange(pages), readers
-    return PageGrid(kinds, logical, spread, page_size, step.stop)
+    page_bytes = 2 * page_size * step.kv.head_dim * ELEMENT_BYTES
+    return PageGrid(kinds, logical, spread, page_size, step.stop, page_bytes)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def test_the_address_carries_the_place(capture_file):
     assert "layer 5 · tokens 256 to 383 of 700 · head 2" in context(app)
     assert app.selectbox(key="page_size").value == 64
     app = fine(start("masks", capture_file, chunk="128", start="300", head="99", alpha="7", layer="x"))
-    assert "layer 5 · tokens 640 to 699 of 700 · head 0" in context(app), "impossible values fall back"
+    assert "layer 5 · tokens 256 to 383 of 700 · head 0" in context(app), "impossible values fall back"
     assert app.slider(key="alpha").value == 0.1
 
 
@@ -192,11 +192,21 @@ def test_union_page_shows_the_row_that_was_chosen(capture_file):
     for row in (0, 2):
         app = fine(app.selectbox(key="row_span").set_value(row).run())
         union = model.row_union(reading, 2, row)
-        past, alone = int((union.listed & reading.past).sum()), int(union.alone().sum())
-        words = f"The row of heads 2 to 3 lists {past} past blocks; **{alone}** of them only one head asked for."
+        past, alone = int((union.listed & reading.past).sum()), int(union.alone("heads").sum())
+        words = (
+            f"The row of heads 2 to 3 over 1 query block lists {past} past blocks; **{alone}** of them only one head"
+        )
         assert any(text.value.startswith(words) for text in app.markdown)
     app = fine(app.selectbox(key="span").set_value("chunk").run())
     assert all(box.key != "row_span" for box in app.selectbox)
+    app = fine(app.segmented_control(key="members").set_value("query blocks").run())
+    union = model.row_union(model.read(noise_step(), Setting(setting.selector, 2)), 2, 0)
+    alone = int(union.alone("query blocks").sum())
+    assert alone != int(union.alone("heads").sum())
+    assert any(f"**{alone}** of them only one query block asked for" in text.value for text in app.markdown)
+    app.selectbox(key="share").set_value(1)
+    app = fine(app.selectbox(key="span").set_value("1").run())
+    assert any("Query block 0 of head 2 has the row to itself" in text.value for text in app.markdown)
 
 
 def test_table_page_explains_its_entries(capture_file):
