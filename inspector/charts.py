@@ -11,6 +11,7 @@ from inspector.style import (
     GREEN,
     GREY,
     ORANGE,
+    PADDING,
     PURPLE,
     RED,
     blue,
@@ -27,7 +28,7 @@ from inspector.style import (
     sky,
 )
 
-_AROUND = 96  # of a chart's height, for its legend and its axis: Streamlit fits everything into the height given
+_AROUND = 100  # of a chart's height, for its legend and its axis: Streamlit fits everything into the height given
 _TOKENS = alt.Tooltip("tokens:N", title="tokens")
 _QUERY_BLOCK = alt.Tooltip("query_block:O", title="query block")
 
@@ -47,7 +48,7 @@ def prompt_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
             color=alt.Color("state:N", scale=scale, legend=legend()),
             tooltip=[alt.Tooltip("first:Q", format=",d"), alt.Tooltip("end:Q", format=",d"), "state:N"],
         )
-        .properties(height=_AROUND + 24)
+        .properties(padding=PADDING, height=_AROUND + 56)
     )
 
 
@@ -71,7 +72,7 @@ def profile_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 alt.Tooltip("blocks for 90 %:Q", format=".1f", title="blocks that hold 90 %"),
             ],
         )
-        .properties(height=_AROUND + 24 * frame["head"].nunique())
+        .properties(padding=PADDING, height=_AROUND + 24 * frame["head"].nunique())
     )
 
 
@@ -128,7 +129,7 @@ def _head_panel(
         )
     )
     layers = [cells, _boundary(past_blocks, dark)] if begin < past_blocks < end else [cells]
-    return alt.layer(*layers).properties(height=_AROUND + more + max(130, min(280, 22 * rows)))
+    return alt.layer(*layers).properties(padding=PADDING, height=_AROUND + more + max(130, min(280, 22 * rows)))
 
 
 def heads_chart(
@@ -199,7 +200,9 @@ def heads_chart(
         .mark_rect(fill=None, stroke=ink(dark), strokeWidth=2)
         .encode(x="left:Q", x2="right:Q", y="top:Q", y2="bottom:Q")
     )
-    return (cells + names + frame_mark).properties(height=60 + max(120, min(1400, lines * 52)))
+    return (cells + names + frame_mark).properties(
+        padding=PADDING, height=60 + max(150, min(1600, lines * (20 + min(56, 7 * rows))))
+    )
 
 
 STAGES = {
@@ -245,7 +248,7 @@ def cascade_chart(
     )
     layers = [back, bits, _boundary(past_blocks, dark)] if past_blocks and stage != "table" else [back, bits]
     around = {"members": 95, "heads": 40}.get(stage, 58)
-    return alt.layer(*layers).properties(height=around + step * len(lines))
+    return alt.layer(*layers).properties(padding=PADDING, height=around + step * len(lines))
 
 
 def responsibility_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
@@ -264,7 +267,7 @@ def responsibility_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
             order="order:Q",
             tooltip=[f"{part}:O", "what:N", "blocks:Q"],
         )
-        .properties(height=_AROUND + max(60, 26 * len(frame)))
+        .properties(padding=PADDING, height=_AROUND + max(70, 26 * len(frame)))
     )
 
 
@@ -303,7 +306,7 @@ def sharing_chart(frame: pd.DataFrame, heads: int, span: str, *, dark: bool) -> 
     )
     here = frame[(frame["heads_per_group"] == heads) & (frame["span"] == span)]
     frame_mark = alt.Chart(here).mark_rect(fill=None, stroke=blue(dark), strokeWidth=3).encode(x=x, y=y)
-    return (cells + text + frame_mark).properties(height=70 + 46 * frame["heads"].nunique())
+    return (cells + text + frame_mark).properties(padding=PADDING, height=60 + 46 * frame["heads"].nunique())
 
 
 def table_chart(frame: pd.DataFrame, chosen: int, by: str, *, dark: bool) -> alt.LayerChart:
@@ -334,7 +337,7 @@ def table_chart(frame: pd.DataFrame, chosen: int, by: str, *, dark: bool) -> alt
     )
     here = alt.Chart(frame[frame["block"] == chosen])
     outline = here.mark_rect(fill=None, stroke=ink(dark), strokeWidth=2.5).encode(x=x, x2="end:Q", y=y, y2=alt.datum(0))
-    return (bars + outline).properties(height=_AROUND + 150)
+    return (bars + outline).properties(padding=PADDING, height=_AROUND + 150)
 
 
 def pages_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
@@ -358,7 +361,7 @@ def pages_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
         )
     )
     chosen = alt.Chart(frame[frame["chosen"]]).mark_rect(fill=None, stroke=PURPLE, strokeWidth=2.5).encode(x=x, y=y)
-    return (cells + chosen).properties(height=50 + max(40, min(480, 18 * lines)))
+    return (cells + chosen).properties(padding=PADDING, height=50 + max(40, min(480, 18 * lines)))
 
 
 def difference_chart(frame: pd.DataFrame, past_blocks: int, query_blocks: int, *, dark: bool) -> alt.Chart:
@@ -375,5 +378,5 @@ def difference_chart(frame: pd.DataFrame, past_blocks: int, query_blocks: int, *
             color=alt.Color("where:N", scale=difference_scale(dark), legend=legend()),
             tooltip=["where:N", _QUERY_BLOCK, "queries:N", alt.Tooltip("first:Q", title="KV block"), _TOKENS],
         )
-        .properties(height=_AROUND + max(110, min(280, 22 * query_blocks)))
+        .properties(padding=PADDING, height=_AROUND + max(110, min(280, 22 * query_blocks)))
     )

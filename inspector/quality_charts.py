@@ -7,7 +7,7 @@ import pandas as pd
 
 from inspector.quality_frames import SAMPLED, UNSAMPLED
 from inspector.recall import LOW
-from inspector.style import GREY, ORANGE, RED, blue, ink, legend, method_color, method_shape, quiet, ramp
+from inspector.style import GREY, ORANGE, PADDING, RED, blue, ink, legend, method_color, method_shape, quiet, ramp
 
 _ERROR = "‖out - dense‖ / ‖dense‖"
 
@@ -45,7 +45,7 @@ def recall_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
             ],
         )
     )
-    return (_low_rule(y) + points).properties(height=340)
+    return (_low_rule(y) + points).properties(padding=PADDING, height=320)
 
 
 def recall_curve_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
@@ -67,7 +67,7 @@ def recall_curve_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
             ],
         )
     )
-    return (_low_rule(y) + line).properties(height=340)
+    return (_low_rule(y) + line).properties(padding=PADDING, height=320)
 
 
 def sampled_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
@@ -90,7 +90,7 @@ def sampled_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 "text:N",
             ],
         )
-        .properties(height=165)
+        .properties(padding=PADDING, height=130)
     )
 
 
@@ -114,7 +114,7 @@ def recall_heat_chart(frame: pd.DataFrame, method: str, *, dark: bool) -> alt.Ch
                 alt.Tooltip("worst:Q", format=".2%"),
             ],
         )
-        .properties(height=110 + 20 * frame["head"].nunique())
+        .properties(padding=PADDING, height=110 + 20 * frame["head"].nunique())
     )
 
 
@@ -137,7 +137,7 @@ def error_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 alt.Tooltip("worst recall:Q", format=".2%"),
             ],
         )
-        .properties(height=340)
+        .properties(padding=PADDING, height=320)
     )
 
 
@@ -159,7 +159,7 @@ def scatter_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 alt.Tooltip("mean recall:Q", format=".2%"),
             ],
         )
-        .properties(height=300)
+        .properties(padding=PADDING, height=300)
     )
 
 
@@ -196,8 +196,10 @@ def frontier_chart(frame: pd.DataFrame, current: pd.DataFrame, measure: str, *, 
     points = base.mark_point(filled=True, size=55, opacity=1).encode(shape=method_shape(frame["name"], "name"))
     ring = ink(dark)
     here = alt.Chart(current).mark_point(size=320, strokeWidth=2.5, color=ring).encode(x=x, y=y, tooltip=hover)
-    label = alt.Chart(current).mark_text(align="left", dx=14, dy=-10, color=ring, fontSize=12, text="current setting")
-    return (lines + points + here + label.encode(x=x, y=y)).properties(height=420)
+    right = float(current["density"].iloc[0]) > 0.7 * float(frame["density"].max())
+    side = {"align": "right", "dx": -14} if right else {"align": "left", "dx": 14}
+    label = alt.Chart(current).mark_text(**side, dy=-10, color=ring, fontSize=12, text="current setting")
+    return (lines + points + here + label.encode(x=x, y=y)).properties(padding=PADDING, height=420)
 
 
 def measured_chart(frame: pd.DataFrame, estimates: dict[str, float], *, dark: bool) -> alt.LayerChart:
@@ -205,7 +207,7 @@ def measured_chart(frame: pd.DataFrame, estimates: dict[str, float], *, dark: bo
     low = min([*frame["roofline_ms"], *estimates.values()]) * 0.8
     high = max([*frame["roofline_ms"], *frame["p50_ms"], *estimates.values()]) * 1.25
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    axis = alt.Axis(format="~g", tickCount=6, gridOpacity=0.5)
+    axis = alt.Axis(format="~g", values=[10.0**n for n in range(-6, 6)])
     points = (
         alt.Chart(frame)
         .mark_point(filled=True, size=40, opacity=0.75)
@@ -230,21 +232,23 @@ def measured_chart(frame: pd.DataFrame, estimates: dict[str, float], *, dark: bo
     at = alt.X("t:Q", scale=scale)
     rules = alt.Chart(here).mark_rule(color=ink(dark), strokeWidth=1.5).encode(x=at)
     mark = alt.Chart(here).mark_text(align="left", dx=5, baseline="top", color=ink(dark), y=4)
-    return (diagonal + points + rules + mark.encode(x=at, text="what:N")).properties(height=380)
+    return (diagonal + points + rules + mark.encode(x=at, text="what:N")).properties(padding=PADDING, height=380)
 
 
 def moves_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
     """Every head from setting A to setting B: what it is given of the past, against its output error."""
-    scale = alt.Scale(domain=["A", "B"], range=[blue(dark), ORANGE])
-    shape = alt.Scale(domain=["A", "B"], range=["circle", "square"])
+    names = ["setting A", "setting B"]
+    scale = alt.Scale(domain=names, range=[blue(dark), ORANGE])
+    shape = alt.Scale(domain=names, range=["circle", "square"])
+    frame = frame.assign(setting="setting " + frame["setting"])
     base = alt.Chart(frame).encode(
         x=alt.X("density:Q", title="past given to the head", axis=alt.Axis(format=".2~%", tickCount=10)),
         y=alt.Y("error:Q", title=_ERROR, axis=alt.Axis(format="~g", tickCount=6)),
     )
     lines = base.mark_line(color=GREY, opacity=0.6, strokeWidth=1.5).encode(detail="head:N", order="setting:N")
     points = base.mark_point(filled=True, size=80, opacity=1).encode(
-        color=alt.Color("setting:N", scale=scale, legend=legend("setting")),
-        shape=alt.Shape("setting:N", scale=shape, legend=legend("setting")),
+        color=alt.Color("setting:N", scale=scale, legend=legend()),
+        shape=alt.Shape("setting:N", scale=shape, legend=legend()),
         tooltip=[
             "setting:N",
             "head:O",
@@ -254,5 +258,7 @@ def moves_chart(frame: pd.DataFrame, *, dark: bool) -> alt.LayerChart:
             alt.Tooltip("worst:Q", format=".2%", title="worst recall"),
         ],
     )
-    names = base.transform_filter("datum.setting == 'B'").mark_text(align="left", dx=8, fontSize=11, color=ink(dark))
-    return (lines + points + names.encode(text="head:N")).properties(height=320)
+    marks = base.transform_filter("datum.setting == 'setting B'").mark_text(
+        align="left", dx=8, fontSize=11, color=ink(dark)
+    )
+    return (lines + points + marks.encode(text="head:N")).properties(padding=PADDING, height=320)

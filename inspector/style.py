@@ -15,6 +15,7 @@ from inspector.model import KINDS
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 YELLOW, GREY, QUIET = "#F0E442", "#8a94a0", "#e3e7ec"
 SMALLEST_MASS = 1e-4
+PADDING = {"left": 2, "right": 6, "top": 2, "bottom": 4}  # of a chart, in pixels
 #: One colour and one shape for each method or selector, on every page and in every figure.
 METHOD_COLORS = {
     "block table": BLUE,
@@ -80,7 +81,14 @@ def difference_scale(dark: bool) -> alt.Scale:
 
 def legend(title: str | None = None, **more: object) -> alt.Legend:
     return alt.Legend(
-        title=title, orient="top", direction="horizontal", labelLimit=260, symbolOpacity=1.0, symbolSize=110, **more
+        title=title,
+        orient="top",
+        direction="horizontal",
+        labelLimit=260,
+        symbolOpacity=1.0,
+        symbolSize=110,
+        offset=8,
+        **more,
     )
 
 
