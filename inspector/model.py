@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from compactattn import BlockTable, KVSummary, SeerGate, SelectionMask, Selector, build_table, select, summarize, unite
 from compactattn._numba.threads import run_each
@@ -44,14 +44,14 @@ class Setting:
     def key(self) -> tuple[object, ...]:
         """What tells this setting from others: plain values, and digests of a gate's weights."""
         values = (getattr(self.selector, field.name) for field in fields(self.selector))
-        plain = (_digest(value) if isinstance(value, Tensor) else value for value in values)
+        plain = (digest(value) if isinstance(value, Tensor) else value for value in values)
         return (type(self.selector).__name__, *plain, self.heads_per_group, self.query_blocks_per_span)
 
 
-_digests: WeakKeyDictionary[Tensor, str] = WeakKeyDictionary()
+_digests = WeakTensorKeyDictionary()
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
     """Of a tensor's bytes; computed once for each tensor."""
     if tensor not in _digests:
         data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()

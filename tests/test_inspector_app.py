@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from compactattn import Dense, FlashPrefill, Oracle, XAttention
-from compactattn.capture import save_capture
-from tests.test_inspector import TOKENS, noise
+from compactattn import Dense, FlashPrefill, Oracle, SeerGate, XAttention
+from compactattn.capture import CapturedLayer, save_capture
+from compactattn.seer_gate import probabilities
+from compactattn.selection import block_rules
+from tests.test_inspector import HEADS, TOKENS, noise
 
 pytest.importorskip("streamlit")
 pytest.importorskip("matplotlib")
 
 from streamlit.testing.v1 import AppTest
 
-from inspector import model, recall, sources
+from inspector import cost, gates, model, recall, sources
+from inspector.files import GateWeights, Recorded
 from inspector.model import Setting
 from inspector.sources import Place
 
@@ -162,10 +170,6 @@ def test_every_page_takes_every_selector(capture_file, page, selector):
 
 
 def test_a_single_query_and_a_capture_of_one_chunk(tmp_path):
-    import dataclasses
-
-    from compactattn.capture import CapturedLayer
-
     capture = noise()
     cut = [CapturedLayer(layer.layer, *(t[:513] for t in layer.tensors().values())) for layer in capture.layers]
     for tokens in (513, 1):
@@ -220,7 +224,28 @@ def test_table_page_explains_its_entries(capture_file):
         words = f"was selected by **{len(pairs)}**" if block < reading.past_blocks else "**current region**"
         assert any(f"Block {block} (" in text.value and words in text.value for text in app.markdown)
     for size in (32, 64, 128, 256):
-        fine(app.selectbox(key="page_size").set_value(size).run())
+        app = fine(app.selectbox(key="page_size").set_value(size).run())
+        grid = cost.page_grid(sources.make_recorded_step(noise(), Place(1, 512, TOKENS), size), reading, 0)
+        read = grid.count("past, read") + grid.count("current region, read")
+        assert metrics(app)["Pages read"] == str(read)
+        assert metrics(app)["Pages skipped"] == str(grid.count("skipped"))
+
+
+def test_the_table_page_names_the_query_that_needs_an_entry_most(capture_file):
+    app = fine(start("tables", capture_file, alpha="0.97", sink="0", window="0", entry="3", head="2"))
+    reading = model.read(noise_step(), default_setting(alpha=0.97, sink_blocks=0, window_blocks=0))
+    needed, layer = app.dataframe[1].value, noise().layers[1]
+    assert {(h, i) for h, i in zip(needed["head"], needed["query block"], strict=True)} == {
+        (h, i) for h in (2, 3) for i in range(3) if reading.mask[h, i, 3]
+    }
+    for line in needed.to_dict("records"):
+        first = 512 + 64 * line["query block"]
+        shares = {}
+        for query in range(first, min(first + 64, TOKENS)):
+            scores = layer.k[: query + 1, line["head"] // 2].double() @ layer.q[query, line["head"]].double() / 8
+            shares[query] = float(scores.softmax(0)[192:256].sum())
+        assert line["neediest query"] == max(shares, key=shares.__getitem__)
+        assert line["its mass there"] == pytest.approx(max(shares.values()), abs=1e-5)
 
 
 def test_coverage_page_compares_at_both_budgets(capture_file):
@@ -234,6 +259,13 @@ def test_coverage_page_compares_at_both_budgets(capture_file):
     paper = recall.judge_quoka(observed, kv_ratio=0.25)
     assert metrics(app)["QUOKA: mean output error"] == f"{paper.judged.error.mean():.4f}"
     assert paper.judged.error.mean() != quoka.judged.error.mean()
+    app = fine(app.slider(key="threshold").set_value(0.3).run())
+    app = fine(app.segmented_control(key="order").set_value("worst first").run())
+    app = fine(app.segmented_control(key="worst").set_value("Worst of QUOKA").run())
+    worst = paper.judged.recall[:, 0].argsort(kind="stable")[:8] + 512
+    assert set(app.dataframe[0].value["query"]) <= set(range(512, TOKENS))
+    assert app.dataframe[0].value["QUOKA"].min() == pytest.approx(paper.judged.recall[:, 0].min())
+    assert app.dataframe[0].value["query"].iloc[0] in worst
     fine(app.multiselect(key="among").set_value([]).run())
 
 
@@ -254,8 +286,6 @@ def test_what_if_sweeps(capture_file):
 
 
 def test_what_if_estimates_a_time(capture_file):
-    from inspector import cost
-
     app = fine(start("what_if", capture_file))
     found = cost.work(noise_step(), model.read(noise_step(), default_setting()))
     milliseconds = cost.load_measured().ceilings.time_ms(found.table_flops, found.table_bytes)
@@ -279,6 +309,112 @@ def test_compare_shows_the_difference(capture_file):
     words = f"**{found.both.sum():,}** entries are in both tables, **{found.only_a.sum():,}** only in A"
     assert any(words in text.value for text in app.markdown)
     assert found.only_a.any()
+
+
+@pytest.fixture(scope="module")
+def gate_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A gate for both layers of the noise."""
+    generator = torch.Generator().manual_seed(3)
+    path = tmp_path_factory.mktemp("gates") / "gate.safetensors"
+    save_file({GATE.format(n): 0.3 * torch.randn(HEADS, 192, 64, generator=generator) for n in (1, 5)}, path)
+    return str(path)
+
+
+GATE = "model.layers.{}.self_attn.attn_gate.mask_linear_k.weight"
+
+
+def test_a_gate_of_the_readers_own(capture_file, gate_file):
+    app = start("masks", capture_file, selector="SeerGate")
+    assert not app.exception
+    assert any("Name the weights of a gate" in message.value for message in app.info)
+    assert not app.metric
+    app.text_input(key="gate").set_value(gate_file)
+    app = fine(app.run())
+    about = sources.describe(Recorded(), noise())
+    gate = gates.load(GateWeights.from_path(gate_file), about)[5]
+    for threshold in (0.1, 0.0, 1.0):
+        app = fine(app.select_slider(key="gate_threshold").set_value(threshold).run())
+        selector = dataclasses.replace(gate, threshold=threshold, sink_blocks=1, window_blocks=2)
+        reading = model.read(noise_step(), Setting(selector, 2))
+        assert metrics(app)["Mask density, past"] == f"{reading.mask[0, :, :8].mean():.1%}"
+    app = fine(app.select_slider(key="gate_threshold").set_value(0.1).run())
+    for page in PAGES:
+        app = fine(visit(app, page))
+        assert "SeerGate" in context(app)
+        assert "load_seer_gates" in app.code[-1].value
+    app = fine(app.selectbox(key="b_selector").set_value("Oracle").run())
+    app = visit(app, "what_if")
+    app = fine(app.multiselect(key="methods").set_value(["SeerGate"]).run())
+    [sweep] = [button for button in app.button if button.label.startswith("Sweep")]
+    fine(sweep.click().run())
+    [points] = app.session_state["frontiers"].values()
+    assert {name for name, _, _ in points} == {"SeerGate"}
+    assert len({point.density for point in points.values()}) > 1
+
+
+def test_gates_that_do_not_fit_are_refused(tmp_path, capture_file, gate_file):
+    other_heads, no_layer, garbage = (tmp_path / f"{name}.pth" for name in ("heads", "layer", "garbage"))
+    torch.save({GATE.format(5): torch.zeros(HEADS, 96, 32)}, other_heads)
+    torch.save({GATE.format(4): torch.zeros(HEADS, 192, 64)}, no_layer)
+    garbage.write_bytes(b"not weights")
+    proof = tmp_path / "proof"
+
+    class Malicious:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(proof),)
+
+    malicious = tmp_path / "malicious.pth"
+    torch.save({GATE.format(5): Malicious()}, malicious)
+    for path, words in (
+        (other_heads, "expected a floating-point tensor of shape (4, 192, 64)"),
+        (no_layer, "expected gate weights of layer 5, got those of 4"),
+        (garbage, "expected tensors only"),
+        (malicious, "expected tensors only"),
+        (tmp_path / "missing", "expected a file of gate weights, got no file at all"),
+        (tmp_path, "got a directory"),
+    ):
+        app = start("masks", capture_file, selector="SeerGate")
+        app.text_input(key="gate").set_value(str(path))
+        app = app.run()
+        assert not app.exception
+        assert words in app.error[0].value.replace("\\", ""), path
+        assert "Traceback" not in app.error[0].value
+    assert not proof.exists()
+
+    app = AppTest.from_file(str(APP), default_timeout=120)
+    app.query_params.update({"selector": "SeerGate", "gate": gate_file})
+    app = fine(app.run())
+    assert "not read before you say so" in app.warning[0].value, "a link decides nothing"
+    app = fine(start("masks", None, selector="SeerGate", data="Synthetic", context="8192", chunk="512", kv="1"))
+    assert "SeerGate" not in app.selectbox(key="selector").options, "no model made a synthetic prompt"
+
+
+def test_the_sample_has_a_gate_of_its_own():
+    """It finds more of the mass than as many blocks drawn at random, and than mean keys against mean queries."""
+    capture = sources.load(Recorded.from_path(""))
+    about = sources.describe(Recorded.from_path(""), capture)
+    found = gates.load(GateWeights.from_path(""), about)
+    assert set(found) == set(about.layers), "train it again after a new sample: see inspector.files.GateWeights"
+    for index, layer in enumerate(about.layers):
+        step = sources.make_recorded_step(capture, Place(index, 3584, 5120), 16)
+        mass = model.block_mass(step, 64, 64).share[..., :56]
+        untrained = torch.zeros_like(found[layer].weights)
+        untrained[:, 128:] = torch.eye(64, dtype=untrained.dtype)
+        kept = {}
+        for name, weights in (("trained", found[layer].weights), ("untrained", untrained)):
+            reading = model.read(step, Setting(dataclasses.replace(found[layer], weights=weights, threshold=0.0), 1, 1))
+            assert reading.mask[..., :56].all()
+            scores = gate_scores(step, dataclasses.replace(found[layer], weights=weights))[..., :56]
+            best = scores.argsort(-1)[..., ::-1][..., :14]
+            kept[name] = float((np.take_along_axis(mass, best, -1).sum(-1) / mass.sum(-1)).mean())
+        assert kept["trained"] > 0.25 + 0.2, (layer, kept)
+        assert kept["trained"] > kept["untrained"] + 0.02, (layer, kept)
+
+
+def gate_scores(step: sources.Step, gate: SeerGate) -> np.ndarray:
+    """The gate's probabilities [Hq, Qb, Kb], of every visible block."""
+    visible = block_rules(step.batch, gate).visible
+    return probabilities(step.q, step.kv, step.batch, gate, None, visible, "numba")[0].numpy()
 
 
 def test_synthetic_workloads(capture_file):
@@ -342,3 +478,97 @@ def test_what_nobody_foresaw_becomes_a_message_too(monkeypatch, caplog):
     assert "The inspector failed on this view (RuntimeError)" in app.error[0].value
     assert "secret details" not in app.error[0].value
     assert "secret details" in caplog.text
+
+
+#: What nobody's widget can take.
+ABSURD = {
+    "data": "nope",
+    "chunk": "-1",
+    "start": "1e309",
+    "layer": "999999999999",
+    "head": "-3",
+    "selector": "<script>",
+    "alpha": "nan",
+    "threshold": "-inf",
+    "mass": "1e400",
+    "gate_threshold": "NaN",
+    "sink": "99999999999999",
+    "window": "-1",
+    "block": "7",
+    "qblock": "0",
+    "share": "3.5",
+    "span": "0",
+    "page_size": "0",
+    "blocks": "5",
+    "colour": "red",
+    "members": "x",
+    "row_span": "99",
+    "entry": "-9",
+    "budget": "x",
+    "order": "y",
+    "worst": "z",
+    "among": "Nobody",
+    "methods": "?",
+    "measure": "?",
+    "b_selector": "?",
+    "b_alpha": "inf",
+    "b_sink": "x",
+    "b_window": "1e99",
+    "b_share": "9",
+    "b_span": "-1",
+    "file": "/dev/zero",
+    "gate": "/dev/zero",
+}
+ABSURD_WORKLOAD = {"workload": "\0", "correlation": "nan", "kv": "999", "group": "0", "seed": "-5"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_absurd_links_show_the_defaults(page):
+    app = fine(start(page, None, **ABSURD))
+    assert context(app) == context(fine(start(page)))
+
+
+def test_an_absurd_synthetic_prompt_is_the_default_one():
+    app = fine(start("masks", None, **ABSURD | ABSURD_WORKLOAD | {"data": "Synthetic", "context": "8192"}))
+    assert "synthetic vertical-slash, 8,192 tokens, correlation 0.9" in context(app)
+    assert metrics(visit(app, "data"))["Query heads / KV heads"] == "8 / 2"
+
+
+def test_links_name_no_home_and_no_endless_path():
+    for path in ("~nobody-at-all/x.safetensors", "a" * 5000, "\0", "/proc/self/mem", "/dev/zero"):
+        app = start("data", path)
+        assert not app.exception
+        assert app.error[0].value
+        assert "The inspector failed" not in app.error[0].value, path
+
+
+def test_words_from_a_file_stay_words_and_stay_short(tmp_path):
+    hostile = "![seen](http://198.51.100.1/a.png) <img src=x onerror=alert(1)> **bold** $x$ :red[x] " * 9000
+    long = [
+        CapturedLayer(n, *(t.repeat(60, 1, 1) for t in layer.tensors().values()))
+        for n, layer in enumerate(noise().layers)
+    ]
+    path = tmp_path / "<b>hostile.safetensors"
+    save_capture(path, dataclasses.replace(noise(), layers=tuple(long), model=hostile, source=hostile))
+    app = fine(start("data", str(path), chunk="128"))
+    assert metrics(app)["Prompt, tokens"] == f"{60 * TOKENS:,}"
+    assert len(app.caption[1].value) < 6000
+    assert not re.search(r"(?<!\\)[<>\[\]*$:!]", app.caption[1].value), "a character that Markdown would read"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_chart_can_be_saved_and_every_page_has_its_python(capture_file, page):
+    app = fine(start(page, capture_file))
+    saved = {
+        "data": ["prompt", "profile"],
+        "masks": ["mask-head-0", "all-heads"],
+        "union": ["union-row-0", "responsible", "sharing"],
+        "tables": ["row-0", "pages"],
+        "coverage": ["recall-head-0", "quoka-sampled", "recall-heads", "errors", "scatter"],
+        "what_if": ["frontier", "measured"],
+        "compare": ["difference", "compare-heads"],
+    }[page]
+    keys = [button.key for button in app.get("download_button")]
+    assert keys == [f"{name} {kind}" for name in saved for kind in ("PNG", "SVG", "CSV")]
+    [code] = [box.value for box in app.code if "from compactattn" in box.value]
+    compile(code, page, "exec")

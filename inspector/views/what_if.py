@@ -6,7 +6,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from compactattn import SeerGate
-from inspector import cached, cost, page, quality_charts, quality_frames
+from inspector import cached, cost, model, page, quality_charts, quality_frames
 from inspector.choices import PARAMETERS, ask_gate, with_selector
 from inspector.page import Card
 from inspector.recall import Outcome
@@ -15,7 +15,7 @@ from inspector.widgets import BOUND, choose
 
 QUOKA_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
 SWEEPING = "sweeping"
-Point = tuple[str, float]
+Point = tuple[str, float, str]  # method, value of its parameter, digest of the gate's weights where it is a gate
 
 
 def show(view: View) -> None:
@@ -40,7 +40,7 @@ def _show_frontier(view: View) -> None:
         measure = choose("Measure", "measure", list(quality_charts.MEASURES), next(iter(quality_charts.MEASURES)))
     gate = ask_gate(view.subject, view.weights) if "SeerGate" in methods else None
     current = _current(view)
-    points = [(name, value) for name in methods for value in _values(name)]
+    points = [(name, value, _digest(name, gate)) for name in methods for value in _values(name)]
     row = st.container(horizontal=True, vertical_alignment="center")
     sweeping = bool(st.session_state.get(SWEEPING))
     row.button(
@@ -52,7 +52,7 @@ def _show_frontier(view: View) -> None:
     )
     row.button("Cancel", on_click=_stop, icon=":material/stop:", disabled=not sweeping)
     progress, plot = row.empty(), st.empty()
-    known = _known(view, gate)
+    known = _known(view)
     done = [known[point] for point in points if point in known]
     _draw(view, plot, done, current, measure)
     if sweeping:
@@ -78,10 +78,11 @@ def _sweep(
     view: View, points: list[Point], known: dict[Point, Outcome], gate: SeerGate | None, progress: DeltaGenerator
 ) -> None:
     """Compute what is missing, point by point; Cancel, like any other click, ends this run of the script."""
-    for n, (name, value) in enumerate(points):
+    for n, point in enumerate(points):
+        name, value, _ = point
         progress.progress((n + 1) / len(points), f"{name} at {value:g}")
-        if (name, value) not in known:
-            known[name, value] = _point(view, name, value, gate)
+        if point not in known:
+            known[point] = _point(view, name, value, gate)
     _stop()
     st.rerun()
 
@@ -98,12 +99,15 @@ def _values(name: str) -> tuple[float, ...]:
     return QUOKA_RATIOS if name == "QUOKA" else PARAMETERS[name].sweep
 
 
-def _known(view: View, gate: SeerGate | None) -> dict[Point, Outcome]:
-    """The points that this session has computed for these data, this grouping and this gate."""
+def _digest(name: str, gate: SeerGate | None) -> str:
+    return model.digest(gate.weights) if name == "SeerGate" and gate is not None else ""
+
+
+def _known(view: View) -> dict[Point, Outcome]:
+    """The points that this session has computed for these data and this grouping."""
     selector = view.setting.selector
     rules = selector.sink_blocks, selector.window_blocks, selector.block_size, selector.query_block
-    weights = None if gate is None else with_selector(view.setting, "SeerGate", 0.0, gate).key
-    key = repr((view.at, view.setting.grouping, rules, weights))
+    key = repr((view.at, view.setting.grouping, rules))
     return st.session_state.setdefault("frontiers", {}).setdefault(key, {})
 
 
