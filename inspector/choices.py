@@ -45,7 +45,7 @@ PARAMETERS = {
     ),
     "XAttention": Parameter("threshold", "threshold", 0.9, (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99)),
     "Oracle": Parameter("mass", "mass", 0.95, (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)),
-    "SeerGate": Parameter("threshold", "gate_threshold", 5e-4, _THRESHOLDS[1:-1], (0.0, *_THRESHOLDS, 1.0)),
+    "SeerGate": Parameter("threshold", "gate_threshold", 0.01, _THRESHOLDS[1:-1], (0.0, *_THRESHOLDS, 1.0)),
 }
 
 

@@ -110,9 +110,12 @@ class Recorded(ChosenFile):
 class GateWeights(ChosenFile):
     """Weights of SeerAttention gates, as `compactattn.load_seer_gates` reads them.
 
-    The file that ships was distilled for the layers of the sample by
+    The file that ships was distilled for the model and the layers of the sample, never on the sample's own text, by
 
-        python -m benchmarks.testbed.train_gate --device cpu --layers 2,4 --out inspector/gate
+        python -m benchmarks.testbed.train_gate --device cpu --layers 2,4 --length 4096 --minutes 35 --log-every 5 \\
+            --out inspector/gate
+
+    `seer_gate.json` beside it is the record of that run. A new model or a new sample needs a new gate.
     """
 
     CONTENT = "a file of gate weights"

@@ -29,6 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sink": 1,
         "window": 2,
         "alpha": 0.1,
+        "gate_threshold": 0.01,
         "share": 2,
         "page_size": 16,
     },

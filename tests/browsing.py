@@ -1,12 +1,26 @@
-"""How the tests read the inspector: Streamlit serving it, and one tab of Chromium."""
+"""How the tests read the inspector: Streamlit serving it, and one tab of Chromium.
+
+    python -m tests.browsing
+
+takes the times that the README states and the screenshots of every page in both themes, on a machine that does nothing
+else, and leaves them in `out/inspector`: `timings.json`, `{page}-{theme}.png`, `{page}-128k.png`.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -25,9 +39,14 @@ PAGES = {
 
 
 class Server:
-    """`streamlit run inspector` from the repository's root, as the README has it, on a free port."""
+    """`streamlit run inspector` from the repository's root, as the README has it, on a free port.
+
+    Attributes:
+        started_s: seconds from the command to the first answer.
+    """
 
     def __init__(self) -> None:
+        began = time.perf_counter()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -38,11 +57,19 @@ class Server:
             self.process = subprocess.Popen(
                 [*command, "--server.port", str(self.port)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
             )
-        deadline = time.monotonic() + 60
-        while not self.answers("127.0.0.1"):
+        while not self._healthy():
             assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.1)
+            assert time.perf_counter() - began < 120, self.log.read_text()
+            time.sleep(0.02)
+        self.started_s = time.perf_counter() - began
+
+    def _healthy(self) -> bool:
+        """Whether the server answers, as Streamlit's own page asks it."""
+        try:
+            with urllib.request.urlopen(self.url("_stcore/health"), timeout=60) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
 
     def answers(self, address: str) -> bool:
         try:
@@ -161,3 +188,92 @@ class Reader:
         assert not self.problems, self.problems
         assert not self.tab.get_by_test_id("stException").count()
         assert not self.tab.get_by_test_id("stAlertContentError").count(), self.error()
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Debian's chromium, or the one that `playwright install chromium` left.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        path = shutil.which("chromium") or driver.chromium.executable_path
+        if not Path(path).exists():
+            raise FileNotFoundError("no browser: install chromium (apt) or run `playwright install chromium`")
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = driver.chromium.launch(executable_path=path, args=sandbox)
+        yield opened
+        opened.close()
+
+
+def first_paint(browser: Any) -> dict[str, float]:
+    """Seconds until a server answers, until its default page has a heading, and until that page is complete."""
+    server = Server()
+    try:
+        reader = Reader(browser, server)
+        began = time.perf_counter()
+        reader.tab.goto(server.url())
+        reader.tab.wait_for_selector("h1")
+        heading = time.perf_counter() - began
+        reader.settle()
+        painted = time.perf_counter() - began
+        reader.check()
+        reader.context.close()
+    finally:
+        server.stop()
+    return {"command to answer": server.started_s, "answer to heading": heading, "answer to complete page": painted}
+
+
+def interactions(reader: Reader, runs: dict[str, int], query: str = "") -> dict[str, list[float]]:
+    """Seconds from another alpha to the drawn page, `runs` times on each page, each time a value not seen before."""
+    times: dict[str, list[float]] = {}
+    for n, (page, count) in enumerate(runs.items()):
+        if n:
+            reader.go(page)
+        else:
+            reader.open(page, query)
+        slider = reader.tab.locator(".st-key-alpha input[type=range]")
+        slider.focus()
+        times[page] = [reader.after(partial(slider.press, "ArrowRight")) for _ in range(count)]
+        reader.settle()
+        reader.check()
+    return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {page: round(statistics.median(found), 2) for page, found in times.items()}
+
+
+def main() -> None:
+    """Every time that the README states, and every screenshot."""
+    report: dict[str, object] = {"processors": os.cpu_count(), "load average before": os.getloadavg()[0]}
+    with chromium() as browser:
+        paints = [first_paint(browser) for _ in range(5)]
+        report["first paint, median of 5, s"] = medians({name: [p[name] for p in paints] for name in paints[0]})
+        server = Server()
+        for theme in ("light", "dark"):
+            reader = Reader(browser, server, theme)
+            for page in PAGES:
+                reader.open(page)
+                reader.shoot(f"{page}-{theme}")
+            reader.check()
+        report["another alpha, sample, median of 20, s"] = medians(interactions(reader, dict.fromkeys(PAGES, 20)))
+        server.stop()
+        server = Server()
+        reader = Reader(browser, server)
+        long = interactions(reader, dict.fromkeys(PAGES, 20), "?data=Synthetic")
+        report["another alpha, 131,072 tokens, median of 20, s"] = medians(long)
+        for page in ("union", "masks"):
+            reader.go(page)
+            reader.shoot(f"{page}-128k")
+        server.stop()
+    report["load average after"] = os.getloadavg()[0]
+    (SHOTS / "timings.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
