@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 
 import streamlit as st
 
-#: No page can do without these: the server is up when they are imported.
-FIRST = ("torch",)
-#: These follow while the reader's browser loads its own side of the page.
-MEANWHILE = ("pandas", "altair", "inspector.page", "inspector.charts", "inspector.quality_charts", "numba")
+#: No page can do without these: the server answers when they are imported. A browser that asks earlier waits for it.
+FIRST = ("torch", "pandas", "altair", "inspector.page", "inspector.charts")
+#: These can follow while the reader's browser loads its own side of the page.
+MEANWHILE = ("numba", "inspector.quality_charts")
 
 
 @asynccontextmanager

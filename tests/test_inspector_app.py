@@ -481,6 +481,37 @@ def test_what_nobody_foresaw_becomes_a_message_too(monkeypatch, caplog):
     assert "secret details" in caplog.text
 
 
+def test_what_escapes_a_page_becomes_a_message(caplog):
+    def escape() -> None:
+        from inspector import serving
+
+        assert serving.failed(RuntimeError("secret details")), "Streamlit shall not show it"
+
+    app = AppTest.from_function(escape).run()
+    assert not app.exception
+    assert "The inspector failed on this view (RuntimeError)" in app.error[0].value
+    assert "secret details" not in app.error[0].value
+    assert "secret details" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "address"),
+    [
+        ({}, "http://127.0.0.1:8501/"),
+        ({"server.address": "0.0.0.0", "server.port": 80}, "http://localhost:80/"),
+        ({"server.sslCertFile": "a.pem", "server.baseUrlPath": "/look/"}, "https://127.0.0.1:8501/look"),
+    ],
+)
+def test_the_browser_is_sent_to_the_server(monkeypatch, options, address):
+    import streamlit
+
+    from inspector import serving
+
+    usual = {"server.address": "127.0.0.1", "server.port": 8501, "server.sslCertFile": None, "server.baseUrlPath": ""}
+    monkeypatch.setattr(streamlit, "get_option", (usual | options).__getitem__)
+    assert serving.address() == address
+
+
 #: What nobody's widget can take.
 ABSURD = {
     "data": "nope",
