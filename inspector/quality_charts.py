@@ -149,8 +149,8 @@ def scatter_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
         .encode(
             x=alt.X("density:Q", title="past given to the head", axis=alt.Axis(format=".2~%")),
             y=alt.Y("error:Q", title=_ERROR, axis=alt.Axis(format="~g")),
-            color=method_color(frame["selector"], "selector", dark),
-            shape=method_shape(frame["selector"], "selector"),
+            color=method_color(frame["selector"], "selector", dark, columns=3),
+            shape=method_shape(frame["selector"], "selector", columns=3),
             tooltip=[
                 "selector:N",
                 "head:O",
@@ -159,7 +159,7 @@ def scatter_chart(frame: pd.DataFrame, *, dark: bool) -> alt.Chart:
                 alt.Tooltip("mean recall:Q", format=".2%"),
             ],
         )
-        .properties(padding=PADDING, height=300)
+        .properties(padding=PADDING, height=340)
     )
 
 

@@ -99,16 +99,17 @@ def mass_color(dark: bool) -> alt.Color:
     return alt.Color("mass:Q", scale=scale, legend=key)
 
 
-def method_color(names: Sequence[str], field: str, dark: bool) -> alt.Color:
+def method_color(names: Sequence[str], field: str, dark: bool, **more: object) -> alt.Color:
+    """A colour per method; `more` goes to the legend, as it must for `method_shape` where both share one."""
     shown = list(dict.fromkeys(names))
     colors = [blue(dark) if METHOD_COLORS[name] == BLUE else METHOD_COLORS[name] for name in shown]
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=shown, range=colors), legend=legend())
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=shown, range=colors), legend=legend(**more))
 
 
-def method_shape(names: Sequence[str], field: str) -> alt.Shape:
+def method_shape(names: Sequence[str], field: str, **more: object) -> alt.Shape:
     shown = list(dict.fromkeys(names))
     scale = alt.Scale(domain=shown, range=[METHOD_SHAPES[name] for name in shown])
-    return alt.Shape(f"{field}:N", scale=scale, legend=legend())
+    return alt.Shape(f"{field}:N", scale=scale, legend=legend(**more))
 
 
 def kv_axis(begin: int, end: int, title: str | None = "KV block") -> dict[str, object]:

@@ -1,13 +1,14 @@
 """How the tests read the inspector: Streamlit serving it, and one tab of Chromium.
 
-    python -m tests.browsing
+    python -m tests.browsing times       # on a machine that does nothing else: the times that the README states
+    python -m tests.browsing pictures    # every page in both themes, and the README's pictures
 
-takes the times that the README states and the screenshots of every page in both themes, on a machine that does nothing
-else, and leaves them in `out/inspector`: `timings.json`, `{page}-{theme}.png`, `{page}-128k.png`.
+Times and pages are left in `out/inspector`, the README's pictures in `inspector/screenshots`.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from urllib.parse import parse_qs, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / "out" / "inspector"
+PICTURE_FOLDER = ROOT / "inspector" / "screenshots"
 PAGES = {
     "data": "Data",
     "masks": "Masks",
@@ -36,6 +38,13 @@ PAGES = {
     "what_if": "What if",
     "compare": "Compare",
 }
+#: The README's pictures: page, theme, and what is in the address.
+PICTURES = {
+    "masks-dark": ("masks", "dark", "?head=3&share=4&alpha=0.14"),
+    "union-128k": ("union", "light", "?data=Synthetic"),
+    "coverage": ("coverage", "light", ""),
+}
+PICTURE_SIZE = 1440, 1640
 
 
 class Server:
@@ -184,6 +193,18 @@ class Reader:
         self.tab.screenshot(path=SHOTS / f"{name}.png")
         self.tab.set_viewport_size({"width": 1440, "height": 1000})
 
+    def photograph(self, name: str) -> None:
+        """A picture for the README: the upper part of the page, in as few colours as it needs."""
+        from PIL import Image
+
+        width, height = PICTURE_SIZE
+        self.tab.mouse.move(0, 0)
+        self.tab.set_viewport_size({"width": width, "height": height})
+        self.settle()
+        self.tab.wait_for_timeout(300)
+        image = Image.open(io.BytesIO(self.tab.screenshot())).convert("RGB")
+        image.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(PICTURE_FOLDER / f"{name}.png", optimize=True)
+
     def check(self) -> None:
         assert not self.problems, self.problems
         assert not self.tab.get_by_test_id("stException").count()
@@ -247,32 +268,55 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {page: round(statistics.median(found), 2) for page, found in times.items()}
 
 
-def main() -> None:
-    """Every time that the README states, and every screenshot."""
+def take_times() -> dict[str, object]:
+    """Every time that the README states: medians of 5 fresh servers, and of 20 changes of alpha on each page."""
     report: dict[str, object] = {"processors": os.cpu_count(), "load average before": os.getloadavg()[0]}
     with chromium() as browser:
         paints = [first_paint(browser) for _ in range(5)]
-        report["first paint, median of 5, s"] = medians({name: [p[name] for p in paints] for name in paints[0]})
-        server = Server()
-        for theme in ("light", "dark"):
-            reader = Reader(browser, server, theme)
-            for page in PAGES:
-                reader.open(page)
-                reader.shoot(f"{page}-{theme}")
-            reader.check()
-        report["another alpha, sample, median of 20, s"] = medians(interactions(reader, dict.fromkeys(PAGES, 20)))
-        server.stop()
-        server = Server()
-        reader = Reader(browser, server)
-        long = interactions(reader, dict.fromkeys(PAGES, 20), "?data=Synthetic")
-        report["another alpha, 131,072 tokens, median of 20, s"] = medians(long)
-        for page in ("union", "masks"):
-            reader.go(page)
-            reader.shoot(f"{page}-128k")
-        server.stop()
+        report["first paint, s"] = medians({name: [paint[name] for paint in paints] for name in paints[0]})
+        for name, query in (("sample", ""), ("131,072 tokens", "?data=Synthetic")):
+            server = Server()
+            try:
+                times = interactions(Reader(browser, server), dict.fromkeys(PAGES, 20), query)
+            finally:
+                server.stop()
+            report[f"another alpha, {name}, s"] = medians(times)
     report["load average after"] = os.getloadavg()[0]
-    (SHOTS / "timings.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    return report
+
+
+def take_pictures() -> None:
+    """Every page in both themes into `out/inspector`, and the README's pictures."""
+    with chromium() as browser:
+        server = Server()
+        try:
+            for theme in ("light", "dark"):
+                reader = Reader(browser, server, theme)
+                for page in PAGES:
+                    reader.open(page)
+                    reader.shoot(f"{page}-{theme}")
+                reader.check()
+                reader.context.close()
+            for name, (page, theme, query) in PICTURES.items():
+                reader = Reader(browser, server, theme)
+                reader.open(page, query)
+                reader.photograph(name)
+                reader.check()
+                reader.context.close()
+        finally:
+            server.stop()
+
+
+def main() -> None:
+    parts = sys.argv[1:] or ["times", "pictures"]
+    if not set(parts) <= {"times", "pictures"}:
+        raise SystemExit(f"browsing: expected times, pictures or nothing, got {' '.join(parts)}")
+    if "times" in parts:
+        text = json.dumps(take_times(), indent=2)
+        (SHOTS / "timings.json").write_text(text + "\n")
+        print(text)
+    if "pictures" in parts:
+        take_pictures()
 
 
 if __name__ == "__main__":
