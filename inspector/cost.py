@@ -160,8 +160,8 @@ def _case_rows(case: dict, ceilings: Ceilings) -> list[MeasuredRow]:
     found = []
     for row in case.get("rows", ()) if case["status"] == "ok" else ():
         attends = row["name"].startswith("attend ") and row["family"] == "stage"
-        timed = row.get("times", {}).get("graph")
-        if not (attends or row["family"] == "dense") or timed is None or not row["gate"]["passed"] or not row["flops"]:
+        timed, passed = row.get("times", {}).get("graph"), row.get("gate", {}).get("passed")
+        if not (attends or row["family"] == "dense") or timed is None or not passed or not row.get("flops"):
             continue
         density = 1.0 if row["family"] == "dense" else _past_density(case, row["grouping"])
         found.append(

@@ -147,6 +147,9 @@ def test_walking_through_the_chunks(capture_file):
     app = fine(app.button(key="back").click().run())
     app = fine(app.button(key="back").click().run())
     assert "tokens 512 to 699" in context(app)
+    assert "tokens 256 to 511" in context(fine(app.slider(key="start").set_value(256).run()))
+    app = fine(app.button(key="forward").click().run())
+    assert "tokens 512 to 699" in context(app)
     app.session_state["advance"] = True  # what the clock of the play switch leaves
     assert "tokens 0 to 255" in context(fine(app.run()))
     app = fine(app.toggle(key="playing").set_value(True).run())
@@ -426,8 +429,12 @@ def test_synthetic_workloads(capture_file):
     app.slider(key="correlation").set_value(0.5)
     app.number_input(key="seed").set_value(3)
     app.selectbox(key="workload").set_value("vertical-slash")
+    app.selectbox(key="kv").set_value(2)
+    app.selectbox(key="group").set_value(1)
+    app.select_slider(key="context").set_value(16384)
     app = fine(app.run())
-    assert "correlation 0.5" in context(app)
+    assert context(app).startswith("synthetic vertical-slash, 16,384 tokens, correlation 0.5")
+    assert metrics(visit(app, "data"))["Query heads / KV heads"] == "2 / 2"
     for page in PAGES:
         fine(visit(app, page))
     app = fine(app.segmented_control(key="data").set_value("Sample").run())

@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 
 from compactattn.capture import CapturedLayer, save_capture
 from tests.browsing import PAGES, SHOTS, Reader, Server, chromium, first_paint, interactions, medians
-from tests.test_inspector import TOKENS, noise
+from tests.test_inspector import HEADS, TOKENS, noise
 
 pytest.importorskip("streamlit")
 pytest.importorskip("matplotlib")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs Playwright for Python")
 
+playwright.expect.set_options(timeout=60_000)  # as patient as the reader: other tests run beside this one
 CHARTS = {"data": 2, "masks": 3, "union": 6, "tables": 2, "coverage": 6, "what_if": 2, "compare": 2}
 #: Far above what is measured on two idle cores (README): the machine that runs the tests may be busy.
 FIRST_PAINT_LIMIT_S, INTERACTION_LIMIT_S = 15.0, 4.0
@@ -165,7 +166,8 @@ def test_a_sweep_can_be_cancelled_and_finished(reader: Reader) -> None:
 def bad_files(folder: Path) -> list[tuple[Path, str]]:
     """Five files that are no captures, and what the page should say."""
     good = folder / "good.safetensors"
-    save_capture(good, noise())
+    text = b"<img src=http://198.51.100.1/hover.png>"
+    save_capture(good, dataclasses.replace(noise(), text=(text * TOKENS)[:TOKENS]))
     garbage = folder / "garbage.safetensors"
     garbage.write_bytes(b"not a capture " * 50)
     cut = folder / "cut.safetensors"
@@ -207,7 +209,32 @@ def test_one_good_and_five_bad_uploads(reader: Reader, tmp_path: Path) -> None:
     for page in ("masks", "coverage"):
         reader.go(page)
         assert reader.caption().startswith("upload good.safetensors")
+    _hover_over_hostile_text(reader)
+
+    reader.choose("selector", "SeerGate")
+    name = "model.layers.5.self_attn.attn_gate.mask_linear_k.weight"
+    torch.save({name: torch.zeros(HEADS, 192, 64)}, tmp_path / "gate.pth")
+    reader.after(
+        lambda: reader.tab.locator(".st-key-gate_upload input[type=file]").set_input_files(tmp_path / "gate.pth")
+    )
+    playwright.expect(reader.tab.get_by_test_id("stMain").get_by_text("head 0 · SeerGate")).to_be_visible()
+    reader.settle()
     reader.check()
+
+
+def _hover_over_hostile_text(reader: Reader) -> None:
+    """A prompt's text is shown beside a token as it is: no element is made of it, nothing is fetched."""
+    strip = reader.tab.get_by_test_id("stVegaLiteChart").nth(1)
+    strip.scroll_into_view_if_needed()
+    box, tooltip = strip.bounding_box(), reader.tab.locator("#vg-tooltip-element")
+    for part in range(8, 40):  # of the two lanes, a token lies in one
+        x, y = box["x"] + box["width"] * 0.5 + part, box["y"] + box["height"] * (0.15 if part % 2 else 0.35)
+        reader.tab.mouse.move(x, y)
+        if tooltip.is_visible() and "<img" in tooltip.inner_text():
+            break
+    playwright.expect(tooltip).to_contain_text("<img src=")
+    assert not tooltip.locator("img").count()
+    reader.tab.mouse.move(0, 0)
 
 
 def test_first_paint_and_interactions_at_128k_are_quick(browser: Any) -> None:

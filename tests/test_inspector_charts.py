@@ -264,6 +264,8 @@ def test_everything_can_be_drawn(dark, place):
     ]
     for chart in drawn:
         assert chart.to_dict(validate=True)["$schema"].startswith("https://vega.github.io/schema/vega-lite")
+    if dark:
+        return  # figures are for print, where no theme is dark
     for figure in (
         figures.prompt_figure(TOKENS, 200, place.start),
         figures.mask_figure(reading, mass, 1),
