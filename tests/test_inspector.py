@@ -194,6 +194,7 @@ def test_pages_that_are_read(page_size, block_size):
         )
         assert cost.PAGE_KINDS[grid.kinds[physical]] == kind
         assert grid.logical[physical] == logical
+    assert grid.page_bytes == page_size * (64 + 64) * 2, "keys and values of a KV head, two bytes each"
     assert sum(grid.count(kind) for kind in cost.PAGE_KINDS) == len(grid.kinds) == step.kv.k.shape[0]
 
 

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from compactattn import Dense, FlashPrefill, Oracle, SeerGate, XAttention
+from compactattn import Dense, FlashPrefill, Oracle, XAttention
 from compactattn.capture import CapturedLayer, save_capture
-from compactattn.seer_gate import probabilities
-from compactattn.selection import block_rules
-from tests.test_inspector import HEADS, TOKENS, noise
 
 pytest.importorskip("streamlit")
 pytest.importorskip("matplotlib")
 
 from streamlit.testing.v1 import AppTest
 
-from inspector import cost, gates, model, recall, sources
-from inspector.files import GateWeights, Recorded
+from inspector import cost, model, recall, sources
 from inspector.model import Setting
 from inspector.sources import Place
+from tests.inspecting import APP, PAGES, context, default_setting, fine, metrics, noise_step, start, visit
+from tests.test_inspector import TOKENS, noise
 
-APP = Path(__file__).parents[1] / "inspector" / "streamlit_app.py"
-PAGES = ("data", "masks", "union", "tables", "coverage", "what_if", "compare")
 TITLES = ("Data", "Masks", "Union", "Tables", "Coverage against QUOKA", "What if", "Compare")
 
 
@@ -39,48 +29,6 @@ def capture_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("captures") / "noise.safetensors"
     save_capture(path, noise())
     return str(path)
-
-
-def start(page: str = "data", path: str | None = None, **query: str) -> Any:
-    """The app on a page: the sample, or a capture that the reader typed; `query` is the address."""
-    app = AppTest.from_file(str(APP), default_timeout=120)
-    for name, value in query.items():
-        app.query_params[name] = value
-    if path is not None:
-        app.query_params["data"] = "File"
-    app.run()
-    if path is not None:
-        app.text_input(key="file").set_value(path).run()
-    return visit(app, page)
-
-
-def visit(app: Any, page: str) -> Any:
-    return app.switch_page(f"views/{page}.py").run()
-
-
-def fine(app: Any) -> Any:
-    """No traceback, no error box; returns the app."""
-    assert not app.exception, app.exception
-    assert not app.error, app.error[0].value
-    return app
-
-
-def context(app: Any) -> str:
-    """The line that says what is looked at, less the escapes that keep it from being read as Markdown."""
-    return app.caption[0].value.replace("\\", "")
-
-
-def metrics(app: Any) -> dict[str, str]:
-    return {metric.label: metric.value for metric in app.metric}
-
-
-def noise_step(start: int = 512, stop: int = TOKENS, layer: int = 1) -> sources.Step:
-    return sources.make_recorded_step(noise(), Place(layer, start, stop), 16)
-
-
-def default_setting(**changes: Any) -> Setting:
-    rules = {"alpha": 0.1, "sink_blocks": 1, "window_blocks": 2, "block_size": 64, "query_block": 64}
-    return Setting(FlashPrefill(**{**rules, **changes}), 2)
 
 
 @pytest.mark.parametrize(("page", "title"), list(zip(PAGES, TITLES, strict=True)))
@@ -314,113 +262,6 @@ def test_compare_shows_the_difference(capture_file):
     assert found.only_a.any()
 
 
-@pytest.fixture(scope="module")
-def gate_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A gate for both layers of the noise."""
-    generator = torch.Generator().manual_seed(3)
-    path = tmp_path_factory.mktemp("gates") / "gate.safetensors"
-    save_file({GATE.format(n): 0.3 * torch.randn(HEADS, 192, 64, generator=generator) for n in (1, 5)}, path)
-    return str(path)
-
-
-GATE = "model.layers.{}.self_attn.attn_gate.mask_linear_k.weight"
-
-
-def test_a_gate_of_the_readers_own(capture_file, gate_file):
-    app = fine(start("masks", None, selector="SeerGate"))
-    assert "head 0 · SeerGate" in context(app)
-    assert app.select_slider(key="gate_threshold").value == 0.01
-    app = start("masks", capture_file, selector="SeerGate")
-    assert not app.exception
-    assert any("Name the weights of a gate" in message.value for message in app.info)
-    assert not app.metric
-    app.text_input(key="gate").set_value(gate_file)
-    app = fine(app.run())
-    about = sources.describe(Recorded(), noise())
-    gate = gates.load(GateWeights.from_path(gate_file), about)[5]
-    for threshold in (0.1, 0.0, 1.0):
-        app = fine(app.select_slider(key="gate_threshold").set_value(threshold).run())
-        selector = dataclasses.replace(gate, threshold=threshold, sink_blocks=1, window_blocks=2)
-        reading = model.read(noise_step(), Setting(selector, 2))
-        assert metrics(app)["Mask density, past"] == f"{reading.mask[0, :, :8].mean():.1%}"
-    app = fine(app.select_slider(key="gate_threshold").set_value(0.1).run())
-    for page in PAGES:
-        app = fine(visit(app, page))
-        assert "SeerGate" in context(app)
-        assert "load_seer_gates" in app.code[-1].value
-    app = fine(app.selectbox(key="b_selector").set_value("Oracle").run())
-    app = visit(app, "what_if")
-    app = fine(app.multiselect(key="methods").set_value(["SeerGate"]).run())
-    [sweep] = [button for button in app.button if button.label.startswith("Sweep")]
-    fine(sweep.click().run())
-    [points] = app.session_state["frontiers"].values()
-    assert {name for name, _, _ in points} == {"SeerGate"}
-    assert len({point.density for point in points.values()}) > 1
-
-
-def test_gates_that_do_not_fit_are_refused(tmp_path, capture_file, gate_file):
-    other_heads, no_layer, garbage = (tmp_path / f"{name}.pth" for name in ("heads", "layer", "garbage"))
-    torch.save({GATE.format(5): torch.zeros(HEADS, 96, 32)}, other_heads)
-    torch.save({GATE.format(4): torch.zeros(HEADS, 192, 64)}, no_layer)
-    garbage.write_bytes(b"not weights")
-    proof = tmp_path / "proof"
-
-    class Malicious:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(proof),)
-
-    malicious = tmp_path / "malicious.pth"
-    torch.save({GATE.format(5): Malicious()}, malicious)
-    for path, words in (
-        (other_heads, "expected a floating-point tensor of shape (4, 192, 64)"),
-        (no_layer, "expected gate weights of layer 5, got those of 4"),
-        (garbage, "expected tensors only"),
-        (malicious, "expected tensors only"),
-        (tmp_path / "missing", "expected a file of gate weights, got no file at all"),
-        (tmp_path, "got a directory"),
-    ):
-        app = start("masks", capture_file, selector="SeerGate")
-        app.text_input(key="gate").set_value(str(path))
-        app = app.run()
-        assert not app.exception
-        assert words in app.error[0].value.replace("\\", ""), path
-        assert "Traceback" not in app.error[0].value
-    assert not proof.exists()
-
-    app = AppTest.from_file(str(APP), default_timeout=120)
-    app.query_params.update({"selector": "SeerGate", "gate": gate_file})
-    app = fine(app.run())
-    assert "not read before you say so" in app.warning[0].value, "a link decides nothing"
-    app = fine(start("masks", None, selector="SeerGate", data="Synthetic", context="8192", chunk="512", kv="1"))
-    assert "SeerGate" not in app.selectbox(key="selector").options, "no model made a synthetic prompt"
-
-
-def test_the_sample_has_a_gate_of_its_own():
-    """Its favourite quarter of the past holds far more of the mass than a quarter, and more than before training."""
-    capture = sources.load(Recorded.from_path(""))
-    about = sources.describe(Recorded.from_path(""), capture)
-    found = gates.load(GateWeights.from_path(""), about)
-    assert set(found) == set(about.layers), "a new sample needs a new gate: see inspector.files.GateWeights"
-    shares = {}
-    for index, layer in enumerate(about.layers):
-        step = sources.make_recorded_step(capture, Place(index, 3584, 5120), 16)
-        mass = model.block_mass(step, 64, 64).share[..., :56]
-        untrained = torch.zeros_like(found[layer].weights)
-        untrained[:, 128:] = torch.eye(64, dtype=untrained.dtype)
-        for name, weights in (("trained", found[layer].weights), ("untrained", untrained)):
-            best = gate_scores(step, dataclasses.replace(found[layer], weights=weights))[..., :56].argsort(-1)[..., 42:]
-            shares[name, layer] = float((np.take_along_axis(mass, best, -1).sum(-1) / mass.sum(-1)).mean())
-        assert shares["trained", layer] > 1.7 * 0.25, shares
-    means = {name: np.mean([shares[name, layer] for layer in found]) for name in ("trained", "untrained")}
-    assert means["trained"] > means["untrained"] + 0.01, shares
-
-
-def gate_scores(step: sources.Step, gate: SeerGate) -> np.ndarray:
-    """The gate's probabilities [Hq, Qb, Kb], of every visible block."""
-    visible = block_rules(step.batch, gate).visible
-    return probabilities(step.q, step.kv, step.batch, gate, None, visible, "numba")[0].numpy()
-
-
 def test_synthetic_workloads(capture_file):
     app = start("masks", capture_file, context="8192", kv="1", group="2", chunk="512", workload="scattered")
     app = fine(app.segmented_control(key="data").set_value("Synthetic").run())
@@ -517,82 +358,6 @@ def test_the_browser_is_sent_to_the_server(monkeypatch, options, address):
     usual = {"server.address": "127.0.0.1", "server.port": 8501, "server.sslCertFile": None, "server.baseUrlPath": ""}
     monkeypatch.setattr(streamlit, "get_option", (usual | options).__getitem__)
     assert serving.address() == address
-
-
-#: What nobody's widget can take.
-ABSURD = {
-    "data": "nope",
-    "chunk": "-1",
-    "start": "1e309",
-    "layer": "999999999999",
-    "head": "-3",
-    "selector": "<script>",
-    "alpha": "nan",
-    "threshold": "-inf",
-    "mass": "1e400",
-    "gate_threshold": "NaN",
-    "sink": "99999999999999",
-    "window": "-1",
-    "block": "7",
-    "qblock": "0",
-    "share": "3.5",
-    "span": "0",
-    "page_size": "0",
-    "blocks": "5",
-    "colour": "red",
-    "members": "x",
-    "row_span": "99",
-    "entry": "-9",
-    "budget": "x",
-    "order": "y",
-    "worst": "z",
-    "among": "Nobody",
-    "methods": "?",
-    "measure": "?",
-    "b_selector": "?",
-    "b_alpha": "inf",
-    "b_sink": "x",
-    "b_window": "1e99",
-    "b_share": "9",
-    "b_span": "-1",
-    "file": "/dev/zero",
-    "gate": "/dev/zero",
-}
-ABSURD_WORKLOAD = {"workload": "\0", "correlation": "nan", "kv": "999", "group": "0", "seed": "-5"}
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_absurd_links_show_the_defaults(page):
-    app = fine(start(page, None, **ABSURD))
-    assert "layer 4 · tokens 4,608 to 5,119 of 5,120 · head 0 · FlashPrefill · 2 heads by whole chunk" in context(app)
-
-
-def test_an_absurd_synthetic_prompt_is_the_default_one():
-    app = fine(start("masks", None, **ABSURD | ABSURD_WORKLOAD | {"data": "Synthetic", "context": "8192"}))
-    assert "synthetic vertical-slash, 8,192 tokens, correlation 0.9" in context(app)
-    assert metrics(visit(app, "data"))["Query heads / KV heads"] == "8 / 2"
-
-
-def test_links_name_no_home_and_no_endless_path():
-    for path in ("~nobody-at-all/x.safetensors", "a" * 5000, "\0", "/proc/self/mem", "/dev/zero"):
-        app = start("data", path)
-        assert not app.exception
-        assert app.error[0].value
-        assert "The inspector failed" not in app.error[0].value, path
-
-
-def test_words_from_a_file_stay_words_and_stay_short(tmp_path):
-    hostile = "![seen](http://198.51.100.1/a.png) <img src=x onerror=alert(1)> **bold** $x$ :red[x] " * 9000
-    long = [
-        CapturedLayer(n, *(t.repeat(60, 1, 1) for t in layer.tensors().values()))
-        for n, layer in enumerate(noise().layers)
-    ]
-    path = tmp_path / "<b>hostile.safetensors"
-    save_capture(path, dataclasses.replace(noise(), layers=tuple(long), model=hostile, source=hostile))
-    app = fine(start("data", str(path), chunk="128"))
-    assert metrics(app)["Prompt, tokens"] == f"{60 * TOKENS:,}"
-    assert len(app.caption[1].value) < 6000
-    assert not re.search(r"(?<!\\)[<>\[\]*$:!]", app.caption[1].value), "a character that Markdown would read"
 
 
 @pytest.mark.parametrize("page", PAGES)
