@@ -13,7 +13,7 @@ from inspector.frames import ALONE, BOTH, CURRENT_REGION, ONLY_A, ONLY_B, SHARED
 from inspector.model import KINDS
 
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
-YELLOW, GREY, QUIET = "#F0E442", "#8a94a0", "#e3e7ec"
+GREY, QUIET = "#8a94a0", "#e3e7ec"
 SMALLEST_MASS = 1e-4
 PADDING = {"left": 2, "right": 6, "top": 2, "bottom": 4}  # of a chart, in pixels
 #: One colour and one shape for each method or selector, on every page and in every figure.
