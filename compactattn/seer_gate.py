@@ -28,7 +28,7 @@ _WEIGHT_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_gate\.mask_lin
 def load_seer_gates(
     path: str | os.PathLike[str],
     *,
-    layers: int,
+    layers: int | None,
     heads: int,
     head_dim: int,
     inv_freq: Tensor,
@@ -46,7 +46,7 @@ def load_seer_gates(
 
     Args:
         path: the file; ".safetensors" says which kind it is.
-        layers: how many layers the model has; the file must have each.
+        layers: how many layers the model has; the file must have each. None takes the layers that the file has.
         heads, head_dim: Hq and D of the model.
         inv_freq: [D / 2], see `SeerGate`.
         device: where the weights shall lie; None is where inv_freq lies.
@@ -60,17 +60,22 @@ def load_seer_gates(
         ValueError: not such a file, a missing layer, another shape, NaN or Inf. The message names file and tensor.
     """
     for name, value in (("layers", layers), ("heads", heads), ("head_dim", head_dim)):
-        check_int(name, value, 1)
+        if name != "layers" or value is not None:
+            check_int(name, value, 1)
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{file}: expected a file of gate weights, got no file at all")
     tensors = _read(file)
     device = inv_freq.device if device is None else torch.device(device)
+    if not tensors:
+        raise fail(f"{file}", "gate weights of at least one layer", "none")
+    numbers = range(layers) if layers is not None else sorted({_layer(name) for name in tensors})
     gates = {}
-    for layer in range(layers):
+    for layer in numbers:
         name = f"model.layers.{layer}.self_attn.attn_gate.mask_linear_k.weight"
         if name not in tensors:
-            raise fail(f"{file}", f"a tensor {name} (the model has {layers} layers)", f"{len(tensors)} other tensors")
+            wanted = f"a tensor {name}" if layers is None else f"a tensor {name} (the model has {layers} layers)"
+            raise fail(f"{file}", wanted, f"{len(tensors)} other tensors")
         weights = tensors.pop(name)
         if tuple(weights.shape) != (heads, 3 * head_dim, head_dim) or weights.dtype not in DTYPES:
             wanted = f"a floating-point tensor of shape {(heads, 3 * head_dim, head_dim)} (Hq, 3 D, D)"
@@ -79,8 +84,15 @@ def load_seer_gates(
             raise fail(f"{file}: {name}", "finite values", "NaN or Inf")
         gates[layer] = SeerGate(weights.to(device), inv_freq.to(device), **settings)
     if tensors:
-        raise fail(f"{file}", f"only the gate weights of {layers} layers", ", ".join(sorted(tensors)[:4]))
+        raise fail(f"{file}", f"only the gate weights of {len(gates)} layers", ", ".join(sorted(tensors)[:4]))
     return gates
+
+
+def _layer(name: str) -> int:
+    """The layer whose gate weights a tensor of this name holds."""
+    match = _WEIGHT_NAME.fullmatch(name)
+    assert match is not None
+    return int(match[1])
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ class PageGrid:
         logical: int [num_pages]; which page of the request it holds, -1 for none.
         readers: int [num_pages]; (head, query block) pairs of the KV head whose row names a block in it.
         page_size, stop: tokens per page; tokens of the request.
+        page_bytes: of a page's keys and values for this KV head, in 16-bit elements.
     """
 
     kinds: np.ndarray
@@ -37,6 +38,7 @@ class PageGrid:
     readers: np.ndarray
     page_size: int
     stop: int
+    page_bytes: int
 
     def count(self, kind: str) -> int:
         return int((self.kinds == PAGE_KINDS.index(kind)).sum())
@@ -58,7 +60,8 @@ def page_grid(step: Step, reading: Reading, kv_head: int) -> PageGrid:
     kinds, logical, spread = (np.full(step.kv.k.shape[0], value) for value in (0, -1, 0))
     kinds[physical] = np.where(readers == 0, 1, np.where(current, 3, 2))
     logical[physical], spread[physical] = np.arange(pages), readers
-    return PageGrid(kinds, logical, spread, page_size, step.stop)
+    page_bytes = 2 * page_size * step.kv.head_dim * ELEMENT_BYTES
+    return PageGrid(kinds, logical, spread, page_size, step.stop, page_bytes)
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,8 @@ def _case_rows(case: dict, ceilings: Ceilings) -> list[MeasuredRow]:
     found = []
     for row in case.get("rows", ()) if case["status"] == "ok" else ():
         attends = row["name"].startswith("attend ") and row["family"] == "stage"
-        timed = row.get("times", {}).get("graph")
-        if not (attends or row["family"] == "dense") or timed is None or not row["gate"]["passed"] or not row["flops"]:
+        timed, passed = row.get("times", {}).get("graph"), row.get("gate", {}).get("passed")
+        if not (attends or row["family"] == "dense") or timed is None or not passed or not row.get("flops"):
             continue
         density = 1.0 if row["family"] == "dense" else _past_density(case, row["grouping"])
         found.append(

@@ -9,52 +9,62 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
-from inspector.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 from inspector.cost import PAGE_KINDS, PageGrid
+from inspector.frames import ALONE, BOTH, CURRENT_REGION, ONLY_A, ONLY_B, PROMPT_PARTS, SHARED
 from inspector.model import KINDS, Difference, GroupUnion, HeadProfile, Mass, Reading, SharingCost
-from inspector.quality_charts import MEASURES
+from inspector.style import BLUE, GREEN, GREY, ORANGE, QUIET, RED, SKY, SMALLEST_MASS
 
-_QUIET, _NONE, _GREY = "#e3e7ec", "#ffffff", "#8a94a0"
-_SMALLEST_MASS = 1e-4
-_METHODS = {"block table": BLUE, "FlashPrefill": BLUE, "XAttention": GREEN, "Oracle": PURPLE, "QUOKA": RED}
-_MARKERS = {"block table": "o", "FlashPrefill": "o", "XAttention": "s", "Oracle": "^", "QUOKA": "D"}
+_NONE = "#ffffff"
+_KINDS = dict(zip(KINDS, (_NONE, QUIET, BLUE, ORANGE, SKY, GREEN), strict=True))
+
+
+def prompt_figure(tokens: int, chunk: int, start: int) -> Figure:
+    """The prompt: what is past, what is being prefilled, what is still to come."""
+    figure = Figure(figsize=(10, 1.3), layout="constrained")
+    axes, stop = figure.subplots(), min(start + chunk, tokens)
+    parts = ((0, start, GREY), (start, stop, GREEN), (stop, tokens, QUIET))
+    for name, (begin, end, color) in zip(PROMPT_PARTS, parts, strict=True):
+        axes.barh([0], [end - begin], left=begin, color=color, label=name)
+    axes.set(xlim=(0, tokens), yticks=[], xlabel="token")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure
 
 
 def mask_figure(reading: Reading, mass: Mass, head: int) -> Figure:
     """One head: where its attention mass lies, above what its selector keeps."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, sharey=True)
-    shares = np.where(reading.visible, np.maximum(mass.share[head], _SMALLEST_MASS), np.nan)
-    image = top.imshow(shares, norm=LogNorm(_SMALLEST_MASS, 1.0), cmap="magma_r", aspect="auto", interpolation="none")
-    figure.colorbar(image, ax=top, label="share of mass")
+    figure.colorbar(_draw_mass(top, reading, mass, head), ax=top, label="share of mass")
     top.set_title(f"head {head}, tokens {reading.start:,} to {reading.stop - 1:,}: exact attention")
-    kinds = dict(zip(KINDS, (_NONE, _QUIET, BLUE, ORANGE, SKY, GREEN), strict=True))
-    _draw_kinds(bottom, reading.kinds(head), kinds)
+    _draw_kinds(bottom, reading.kinds(head), _KINDS)
     bottom.set_title(f"selected by {type(reading.setting.selector).__name__}")
     for axes in (top, bottom):
         axes.set_ylabel("query block")
     bottom.set_xlabel(f"KV block ({reading.setting.selector.block_size} tokens)")
-    _legend(figure, {name: color for name, color in kinds.items() if name != KINDS[0]})
+    _legend(figure, {name: color for name, color in _KINDS.items() if name != KINDS[0]})
     return figure
 
 
-def heads_figure(reading: Reading) -> Figure:
-    """All heads as small multiples."""
+def heads_figure(reading: Reading, mass: Mass, by_mass: bool) -> Figure:
+    """All heads as small multiples: what their selectors keep, or where their exact mass lies."""
     columns = min(4, reading.heads)
     lines = -(-reading.heads // columns)
     figure = Figure(figsize=(3.2 * columns, 0.6 + 1.3 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    kinds = dict(zip(KINDS, (_NONE, _QUIET, BLUE, ORANGE, SKY, GREEN), strict=True))
     for head, axes in enumerate(grid.flat):
         axes.set_visible(head < reading.heads)
         if head < reading.heads:
-            _draw_kinds(axes, reading.kinds(head), kinds)
+            image = _draw_mass(axes, reading, mass, head) if by_mass else _draw_kinds(axes, reading.kinds(head), _KINDS)
             axes.set_title(f"head {head}", fontsize=9)
     figure.supxlabel("KV block")
     figure.supylabel("query block")
-    _legend(figure, {name: color for name, color in kinds.items() if name != KINDS[0]})
+    if by_mass:
+        figure.colorbar(image, ax=grid, label="share of mass")
+    else:
+        _legend(figure, {name: color for name, color in _KINDS.items() if name != KINDS[0]})
     return figure
 
 
@@ -78,37 +88,69 @@ def profile_figure(profiles: Sequence[HeadProfile]) -> Figure:
     return figure
 
 
-def cascade_figure(union: GroupUnion, reading: Reading) -> Figure:
-    """Member masks, above their union over query blocks, above the row of the block table."""
-    members = union.members.reshape(-1, reading.blocks) & reading.past
-    current = reading.visible[list(union.query_blocks)] & ~reading.past
-    members = _shares(members, union, np.tile(current, (len(union.heads), 1)))
-    of_row = union.listed & ~reading.past
-    heads = _shares(union.by_head & reading.past, union, np.tile(of_row, (len(union.heads), 1)))
-    row = _shares((union.listed & reading.past)[None], union, of_row[None])
-    heights = [max(2.0, 0.16 * len(members)), max(0.6, 0.24 * len(heads)), 0.35]
-    figure = Figure(figsize=(11, 1.8 + sum(heights)), layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": heights})
-    kinds = {"left out": _QUIET, "asked for by several heads": BLUE, "by one head alone": RED, "current region": GREEN}
+def cascade_figure(union: GroupUnion, reading: Reading, by: str) -> Figure:
+    """Member masks, above their union over query blocks, above the row, above the row's packed entries."""
+    members = union.members.reshape(-1, reading.blocks) & union.past
+    current = reading.visible[list(union.query_blocks)] & ~union.past
+    of_row = union.listed & ~union.past
+    row = _shares((union.listed & union.past)[None], union, of_row[None], by)
+    packed = np.zeros_like(row)
+    packed[0, : union.listed.sum()] = row[0, union.listed]
+    lines = (
+        _shares(members, union, np.tile(current, (len(union.heads), 1)), by),
+        _shares(union.by_head & union.past, union, np.tile(of_row, (len(union.heads), 1)), by),
+        row,
+        packed,
+    )
+    heights = [max(2.0, 0.16 * len(lines[0])), max(0.6, 0.24 * len(lines[1])), 0.35, 0.35]
+    figure = Figure(figsize=(11, 2.4 + sum(heights)), layout="constrained")
+    panels = figure.subplots(4, 1, sharex=True, gridspec_kw={"height_ratios": heights})
+    kinds = {"left out": QUIET, SHARED[by]: BLUE, ALONE[by]: RED, CURRENT_REGION: GREEN}
     titles = (
         "1  masks of the members",
         "2  united over the query blocks",
-        "3  united over the heads: the row of the table",
+        "3  united over the heads: the row",
+        "4  the block table: its entries, packed",
     )
-    for axes, cells, title in zip(panels, (members, heads, row), titles, strict=True):
+    for axes, cells, title in zip(panels, lines, titles, strict=True):
         _draw_kinds(axes, cells, kinds)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_yticks([])
     panels[0].set_ylabel(f"heads {union.heads.start} to {union.heads.stop - 1}, query blocks")
-    panels[2].set_xlabel(f"KV block ({reading.setting.selector.block_size} tokens)")
+    panels[3].set_xlabel(f"KV block ({reading.setting.selector.block_size} tokens), entry")
     _legend(figure, kinds)
     return figure
 
 
-def _shares(bits: np.ndarray, union: GroupUnion, current: np.ndarray) -> np.ndarray:
-    """0 left out, 1 asked for by several heads, 2 by one alone, 3 in the current region."""
-    alone = union.askers == 1
-    return np.where(current, 3, np.where(bits, np.where(alone, 2, 1), 0))
+def _shares(bits: np.ndarray, union: GroupUnion, current: np.ndarray, by: str) -> np.ndarray:
+    """0 left out, 1 asked for by several, 2 by one alone, 3 in the current region."""
+    return np.where(current, 3, np.where(bits, np.where(union.alone(by).any(0), 2, 1), 0))
+
+
+def responsibility_figure(frame: pd.DataFrame) -> Figure:
+    """Per head (or query block) of a row: blocks shared, asked for alone, given unasked."""
+    part = frame.columns[0]
+    figure = Figure(figsize=(7, 1.4 + 0.3 * len(frame)), layout="constrained")
+    axes, left = figure.subplots(), np.zeros(len(frame))
+    for name, color in {"shared": BLUE, "alone": RED, "given, not asked for": QUIET}.items():
+        axes.barh(frame[part], frame[name], left=left, color=color, label=name)
+        left += frame[name].to_numpy()
+    axes.invert_yaxis()
+    axes.set(xlabel="past blocks of the row", ylabel=part, yticks=frame[part])
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def row_figure(frame: pd.DataFrame, row: int, by: str) -> Figure:
+    """A row of the table as it is walked: for each entry, how many pairs need it."""
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    axes = figure.subplots()
+    for name, color in {SHARED[by]: BLUE, ALONE[by]: RED, CURRENT_REGION: GREEN}.items():
+        part = frame[frame["share"] == name]
+        axes.bar(part["entry"] + 0.5, part["needed_by_pairs"], width=1.0, color=color, label=name)
+    axes.set(xlabel="entry", ylabel="(head, query block) pairs", title=f"row {row}", xlim=(0, len(frame)))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
 
 
 def sharing_figure(costs: Sequence[SharingCost]) -> Figure:
@@ -134,63 +176,10 @@ def pages_figure(grid: PageGrid, columns: int) -> Figure:
     cells = padded.reshape(-1, columns)
     figure = Figure(figsize=(10, 1.2 + 0.16 * len(cells)), layout="constrained")
     axes = figure.subplots()
-    kinds = dict(zip(PAGE_KINDS, (_NONE, _QUIET, BLUE, GREEN), strict=True))
+    kinds = dict(zip(PAGE_KINDS, (_NONE, QUIET, BLUE, GREEN), strict=True))
     _draw_kinds(axes, cells, kinds)
     axes.set(xlabel=f"physical page modulo {columns} ({grid.page_size} tokens each)", ylabel="line of pages")
     _legend(figure, {name: color for name, color in kinds.items() if name != PAGE_KINDS[0]})
-    return figure
-
-
-def recall_figure(recall: pd.DataFrame, errors: pd.DataFrame, head: int) -> Figure:
-    """Recall of each query of one head, and the output error of every head."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [3, 2]})
-    for column, name in (("table", "block table"), ("QUOKA", "QUOKA")):
-        left.plot(recall["query"], recall[column], _MARKERS[name], markersize=3, color=_METHODS[name], label=name)
-    left.axhline(0.9, color=_GREY, linestyle="--", linewidth=1)
-    left.set(xlabel="position of the query", ylabel="share of its exact mass", title=f"head {head}")
-    left.legend(frameon=False)
-    for n, (name, part) in enumerate(errors.groupby("method", sort=False)):
-        right.bar(part["head"] + 0.4 * n - 0.2, part["error"], width=0.4, color=_METHODS[str(name)], label=name)
-    right.set(xlabel="query head", ylabel="‖out - dense‖ / ‖dense‖", title="output error")
-    right.legend(frameon=False)
-    return figure
-
-
-def sampled_figure(frame: pd.DataFrame) -> Figure:
-    """How many heads of a KV group let each token's query speak in QUOKA."""
-    figure = Figure(figsize=(10, 2), layout="constrained")
-    axes = figure.subplots()
-    silent = frame["heads"] == 0
-    axes.bar(frame["query"], frame["heads"], width=1.0, color=BLUE)
-    axes.plot(frame["query"][silent], np.zeros(int(silent.sum())), "|", color=RED, label="never asked")
-    axes.set(xlabel="token", ylabel="heads that asked")
-    axes.legend(frameon=False, loc="upper right")
-    return figure
-
-
-def scatter_figure(frame: pd.DataFrame) -> Figure:
-    """Density against error, a point per head and selector."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, part in frame.groupby("selector", sort=False):
-        axes.plot(part["density"], part["error"], _MARKERS[str(name)], color=_METHODS[str(name)], label=name)
-    axes.set(xlabel="past given to the head", ylabel="‖out - dense‖ / ‖dense‖")
-    axes.legend(frameon=False)
-    return figure
-
-
-def frontier_figure(frame: pd.DataFrame, current: pd.DataFrame, measure: str) -> Figure:
-    """What each budget buys: a curve per method, the current setting as a ring."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots()
-    column, title = MEASURES[measure]
-    for name, part in frame.groupby("name", sort=False):
-        ordered = part.sort_values("density")
-        axes.plot(ordered["density"], ordered[column], f"{_MARKERS[str(name)]}-", color=_METHODS[str(name)], label=name)
-    axes.plot(current["density"], current[column], "o", markersize=14, fillstyle="none", color="black", label="current")
-    axes.set(xlabel="share of the past that is read", ylabel=title)
-    axes.legend(frameon=False)
     return figure
 
 
@@ -198,7 +187,7 @@ def difference_figure(found: Difference, past_blocks: int, head: int) -> Figure:
     """What the rows of one head list under A, under B, or under both."""
     figure = Figure(figsize=(11, 2.8), layout="constrained")
     axes = figure.subplots()
-    kinds = {"in neither": _QUIET, "in both tables": _GREY, "only in A": BLUE, "only in B": ORANGE}
+    kinds = {"in neither": QUIET, BOTH: GREY, ONLY_A: BLUE, ONLY_B: ORANGE}
     cells = found.both * 1 + found.only_a * 2 + found.only_b * 3
     _draw_kinds(axes, cells[:, :past_blocks], kinds)
     axes.set(xlabel=f"KV block of the past ({found.block_size} tokens)", ylabel="query block", title=f"head {head}")
@@ -206,9 +195,15 @@ def difference_figure(found: Difference, past_blocks: int, head: int) -> Figure:
     return figure
 
 
-def _draw_kinds(axes: Axes, cells: np.ndarray, colors: dict[str, str]) -> None:
+def _draw_mass(axes: Axes, reading: Reading, mass: Mass, head: int) -> AxesImage:
+    shares = np.where(reading.visible, np.maximum(mass.share[head], SMALLEST_MASS), np.nan)
+    norm = LogNorm(SMALLEST_MASS, 1.0)
+    return axes.imshow(shares, norm=norm, cmap="magma_r", aspect="auto", interpolation="none")
+
+
+def _draw_kinds(axes: Axes, cells: np.ndarray, colors: dict[str, str]) -> AxesImage:
     palette = ListedColormap(list(colors.values()))
-    axes.imshow(cells, vmin=0, vmax=len(colors) - 1, cmap=palette, aspect="auto", interpolation="none")
+    return axes.imshow(cells, vmin=0, vmax=len(colors) - 1, cmap=palette, aspect="auto", interpolation="none")
 
 
 def _legend(figure: Figure, colors: dict[str, str]) -> None:

@@ -1,20 +1,33 @@
-"""Results as tables: what the charts draw, what hovering shows, and what is downloaded as CSV."""
+"""What is read as tables: what the charts draw, what hovering shows, and what is downloaded as CSV."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from itertools import pairwise
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 
-from inspector.cost import PAGE_KINDS, Measured, PageGrid
-from inspector.model import KINDS, Difference, GroupUnion, HeadProfile, Mass, Reading, SharingCost, name_heads
-from inspector.recall import Judged, Observed, Outcome, Quoka, excerpt
+from inspector.cost import PAGE_KINDS, PageGrid
+from inspector.model import (
+    HEADS,
+    KINDS,
+    QUERY_BLOCKS,
+    Difference,
+    GroupUnion,
+    HeadProfile,
+    Mass,
+    Reading,
+    SharingCost,
+    name_heads,
+)
+from inspector.recall import Observed, excerpt
 
-ONE_HEAD, SEVERAL_HEADS, CURRENT_REGION = "one head alone", "several heads", "current region"
-SAMPLED, UNSAMPLED = "asked by some head", "never asked"
+PROMPT_PARTS = ("past, in the cache", "this chunk", "still to come")
+CURRENT_REGION = "current region"
+#: How a row's past entries are told apart: asked for by several of its heads (or query blocks), or by one alone.
+SHARED = {HEADS: "several heads", QUERY_BLOCKS: "several query blocks"}
+ALONE = {HEADS: "one head alone", QUERY_BLOCKS: "one query block alone"}
 BOTH, ONLY_A, ONLY_B = "in both tables", "only in A", "only in B"
 
 
@@ -42,6 +55,20 @@ def _ranges(first: np.ndarray, width: int, size: int, stop: int) -> list[str]:
 
 def _block_names(first: np.ndarray, width: int, blocks: int) -> list[str]:
     return [str(j) if width == 1 else f"{j} to {min(j + width, blocks) - 1}" for j in first]
+
+
+def prompt_frame(tokens: int, chunk: int, start: int, *, most: int = 256) -> pd.DataFrame:
+    """One row per chunk of a prompt: its tokens, and whether they are past, prefilled now, or still to come.
+
+    Past and future are one row each where there would be more than `most` chunks.
+    """
+    stop = min(start + chunk, tokens)
+    parts = zip(PROMPT_PARTS, ((0, start), (start, stop), (stop, tokens)), strict=True)
+    step = chunk if -(-tokens // chunk) <= most else tokens
+    rows = [
+        (first, min(first + step, end), state) for state, (begin, end) in parts for first in range(begin, end, step)
+    ]
+    return pd.DataFrame(rows, columns=["first", "end", "state"])
 
 
 def mask_frame(
@@ -83,7 +110,8 @@ def mask_frame(
 def heads_frame(reading: Reading, mass: Mass, *, by_mass: bool = False, bins: int = 128) -> pd.DataFrame:
     """All heads, each a strip of query blocks: one row per (head, query block, stretch of KV blocks).
 
-    A stretch is a bin of blocks; by kind, adjacent bins of one kind are a single stretch.
+    A stretch is a bin of blocks; by kind, adjacent bins of one kind are a single stretch. `selected_by` names the heads
+    of the KV group that selected some block of the stretch for the query block.
     """
     width = bin_width(1, reading.blocks, bins)
     first = np.arange(0, reading.blocks, width)
@@ -103,9 +131,23 @@ def heads_frame(reading: Reading, mass: Mass, *, by_mass: bool = False, bins: in
             "kind": np.array(KINDS, dtype=object)[kinds.ravel()[where]],
             "mass": np.add.reduceat(_binned(mass.share, width, "sum").ravel(), where),
             "kept": np.add.reduceat(_binned(reading.mask.astype(int), width, "sum").ravel(), where),
+            "selected_by": _selectors(reading, width, where, head // reading.group),
         }
     )
     return frame[kinds.ravel()[where] > 0]
+
+
+def _selectors(reading: Reading, width: int, where: np.ndarray, kv_head: np.ndarray) -> np.ndarray:
+    """Names of the heads of each stretch's KV group that selected a block of it; stretches begin at `where`."""
+    group = reading.group
+    bits = _binned(reading.mask, width, "max")
+    names = np.empty(len(where), dtype=object)
+    of_member = [np.repeat(bits[member::group], group, axis=0).ravel() for member in range(group)]
+    chosen = np.stack([np.maximum.reduceat(bits_of, where) for bits_of in of_member])
+    for number in range(reading.heads // group):
+        part = kv_head == number
+        names[part] = name_heads(chosen[:, part], range(number * group, (number + 1) * group))
+    return names
 
 
 def heads_summary(reading: Reading, mass: Mass) -> pd.DataFrame:
@@ -139,59 +181,62 @@ def profile_frame(profiles: Sequence[HeadProfile]) -> pd.DataFrame:
     )
 
 
-def members_frame(union: GroupUnion, reading: Reading) -> pd.DataFrame:
-    """The bits of each member's mask, then of each head's union over the query blocks, then of the group's union."""
-    rows = []
-    visible, past = reading.visible, reading.past
+def members_frame(union: GroupUnion, reading: Reading, by: str) -> pd.DataFrame:
+    """The cascade of one row: the bits of each member's mask, of each head's union over the query blocks, of the
+    group's union with the current region, and the row's entries as the table packs them.
+
+    `by`: whether heads (`HEADS`) or query blocks (`QUERY_BLOCKS`) are told apart by who asked alone.
+    """
+    visible, past, rows = reading.visible, union.past, []
     for n, head in enumerate(union.heads):
         for m, i in enumerate(union.query_blocks):
-            bits = union.members[n, m] & past
-            rows.append(_bits(union, reading, bits, f"head {head}, query block {i}", "members", [head]))
-            current = visible[i] & ~past
-            rows.append(_bits(union, reading, current, f"head {head}, query block {i}", "members", [], current=True))
+            bits = union.members[n, m] & past | visible[i] & ~past
+            rows.append(_bits(union, reading, bits, by, f"head {head}, query block {i}", "members"))
     for n, head in enumerate(union.heads):
-        rows.append(_bits(union, reading, union.by_head[n] & past, f"head {head}", "heads", [head]))
-        rows.append(_bits(union, reading, union.listed & ~past, f"head {head}", "heads", [], current=True))
-    heads = list(union.heads)
-    rows.append(_bits(union, reading, union.listed & past, "the row", "group", heads))
-    rows.append(_bits(union, reading, union.listed & ~past, "the row", "group", [], current=True))
-    return pd.concat(rows, ignore_index=True)
+        bits = union.by_head[n] & past | union.listed & ~past
+        rows.append(_bits(union, reading, bits, by, f"head {head}", "heads"))
+    rows.append(_bits(union, reading, union.listed, by, "the row", "group"))
+    packed = _bits(union, reading, union.listed, by, "the table", "table")
+    packed["first"] = np.arange(len(packed))
+    packed["end"] = packed["first"] + 1
+    return pd.concat([*rows, packed], ignore_index=True)
 
 
-def _bits(
-    union: GroupUnion,
-    reading: Reading,
-    bits: np.ndarray,
-    label: str,
-    stage: str,
-    heads: list[int],
-    current: bool = False,
-) -> pd.DataFrame:
+def _bits(union: GroupUnion, reading: Reading, bits: np.ndarray, by: str, label: str, stage: str) -> pd.DataFrame:
     """One line of the cascade: the blocks whose bit is set."""
     [blocks] = bits.nonzero()
-    alone = union.askers[blocks] == 1
-    askers = name_heads(union.by_head[:, blocks], union.heads)
     return pd.DataFrame(
         {
             "stage": stage,
             "line": label,
             "first": blocks,
             "end": blocks + 1,
+            "block": blocks,
             "tokens": _ranges(blocks, 1, reading.setting.selector.block_size, reading.stop),
-            "share": CURRENT_REGION if current else np.where(alone, ONE_HEAD, SEVERAL_HEADS),
-            "asked_by": CURRENT_REGION if current else askers,
+            **_askers(union, blocks, by),
         }
     )
 
 
-def responsibility_frame(union: GroupUnion) -> pd.DataFrame:
-    """Per head of the row: past blocks it asked for, shared with others, and asked for by nobody else."""
-    past = np.arange(union.by_head.shape[1]) < union.past_blocks
-    asked, alone = (union.by_head & past).sum(1), union.alone().sum(1)
-    listed = int((union.listed & past).sum())
+def _askers(union: GroupUnion, blocks: np.ndarray, by: str) -> dict[str, np.ndarray]:
+    """Who asked for each of a row's blocks, and whether one of them did so alone."""
+    past, alone = blocks < union.past_blocks, union.alone(by)[:, blocks].any(0)
+    return {
+        "share": np.where(past, np.where(alone, ALONE[by], SHARED[by]), CURRENT_REGION),
+        "heads": np.where(past, name_heads(union.asked(HEADS)[:, blocks], union.heads), CURRENT_REGION),
+        "query_blocks": np.where(
+            past, name_heads(union.asked(QUERY_BLOCKS)[:, blocks], union.query_blocks), CURRENT_REGION
+        ),
+    }
+
+
+def responsibility_frame(union: GroupUnion, by: str) -> pd.DataFrame:
+    """Per head (or query block) of the row: past blocks that it asked for, with others or alone, and was given."""
+    asked, alone = (union.asked(by) & union.past).sum(1), union.alone(by).sum(1)
+    listed = int((union.listed & union.past).sum())
     return pd.DataFrame(
         {
-            "head": list(union.heads),
+            by.removesuffix("s"): list(union.parts(by)),
             "asked for": asked,
             "shared": asked - alone,
             "alone": alone,
@@ -200,30 +245,71 @@ def responsibility_frame(union: GroupUnion) -> pd.DataFrame:
     )
 
 
-def table_frame(union: GroupUnion, reading: Reading) -> pd.DataFrame:
-    """One line per entry of a row: its block, and the queries that need it."""
+def table_frame(union: GroupUnion, reading: Reading, by: str) -> pd.DataFrame:
+    """One line per entry of a row: its block, and the (head, query block) pairs that need it.
+
+    A past block is needed by the pairs that selected it, a block of the current region by those that see it.
+    """
     [blocks] = union.listed.nonzero()
-    past = blocks < union.past_blocks
-    askers = name_heads(union.by_head[:, blocks], union.heads)
-    needed = union.members[:, :, blocks].sum((0, 1))
+    seen = reading.visible[list(union.query_blocks)][:, blocks].sum(0) * len(union.heads)
     return pd.DataFrame(
         {
             "entry": np.arange(len(blocks)),
             "block": blocks,
             "tokens": _ranges(blocks, 1, reading.setting.selector.block_size, reading.stop),
-            "share": np.where(~past, CURRENT_REGION, np.where(union.askers[blocks] == 1, ONE_HEAD, SEVERAL_HEADS)),
-            "needed_by_pairs": np.where(past, needed, 0),
-            "asked_by": np.where(past, askers, CURRENT_REGION),
+            "needed_by_pairs": np.where(blocks < union.past_blocks, union.members[:, :, blocks].sum((0, 1)), seen),
+            **_askers(union, blocks, by),
         }
     )
 
 
-def needed_frame(union: GroupUnion, mass: Mass, block: int) -> pd.DataFrame:
-    """Whom taking away an entry would hurt, the heaviest first."""
-    pairs = union.needed_by(block)
-    lost = [float(mass.share[head, i, block]) for head, i in pairs]
-    frame = pd.DataFrame(pairs, columns=["head", "query block"])
-    frame["mass on the block"] = lost
+def rows_frame(reading: Reading) -> pd.DataFrame:
+    """One line per row of the table that somebody walks: its members, and how many blocks it lists."""
+    lines, size = [], reading.setting.heads_per_group
+    for head in range(0, reading.heads, size):
+        for first in range(0, reading.query_blocks, reading.span):
+            row = reading.rows[head, first]
+            last = min(first + reading.span, reading.query_blocks) - 1
+            past, listed = int(reading.keep[row, : reading.past_blocks].sum()), int(reading.keep[row].sum())
+            lines.append(
+                {
+                    "row": row,
+                    "KV head": head // reading.group,
+                    "heads": f"{head} to {head + size - 1}" if size > 1 else f"{head}",
+                    "query blocks": f"{first} to {last}" if last > first else f"{first}",
+                    "entries": listed,
+                    "past": past,
+                    "current region": listed - past,
+                    "share of the past": past / reading.past_blocks if reading.past_blocks else np.nan,
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def needed_frame(
+    union: GroupUnion,
+    mass: Mass,
+    block: int,
+    observed: Observed,
+    shares: np.ndarray,
+    query_block: int,
+    text: bytes | None,
+) -> pd.DataFrame:
+    """Whom taking away an entry would hurt, the heaviest first: the pairs, and the query of each that needs it most.
+
+    `shares`: float [m, Hq], the share of each observed query's exact mass on the block (`recall.block_shares`).
+    """
+    lines = []
+    for head, i in union.needed_by(block):
+        [inside] = np.nonzero(observed.position // query_block == i)
+        line = {"head": head, "query block": i, "mass on the block": float(mass.share[head, i, block])}
+        if len(inside):
+            best = inside[shares[inside, head].argmax()]
+            query = observed.step.start + int(observed.position[best])
+            line |= {"neediest query": query, "its mass there": float(shares[best, head]), "text": excerpt(text, query)}
+        lines.append(line)
+    columns = ["head", "query block", "mass on the block", "neediest query", "its mass there", "text"]
+    frame = pd.DataFrame(lines, columns=columns)
     return frame.sort_values("mass on the block", ascending=False, ignore_index=True)
 
 
@@ -235,11 +321,12 @@ def sharing_frame(costs: Sequence[SharingCost], query_blocks: int) -> pd.DataFra
     return frame
 
 
-def pages_frame(grid: PageGrid, columns: int) -> pd.DataFrame:
-    """One row per physical page, laid out in lines of `columns`."""
+def pages_frame(grid: PageGrid, columns: int, chosen: tuple[int, int] = (0, 0)) -> pd.DataFrame:
+    """One row per physical page, laid out in lines of `columns`; `chosen`: the tokens [first, end) of an entry."""
     pages = np.arange(len(grid.kinds))
     first = grid.logical * grid.page_size
     last = np.minimum(first + grid.page_size, grid.stop) - 1
+    read = np.isin(grid.kinds, (PAGE_KINDS.index("past, read"), PAGE_KINDS.index("current region, read")))
     tokens = [f"{a:,} to {b:,}" if a >= 0 else "none" for a, b in zip(first, last, strict=True)]
     return pd.DataFrame(
         {
@@ -250,123 +337,10 @@ def pages_frame(grid: PageGrid, columns: int) -> pd.DataFrame:
             "page_of_request": grid.logical,
             "tokens": tokens,
             "readers": grid.readers,
+            "bytes_read": np.where(read, grid.page_bytes, 0),
+            "chosen": (grid.logical >= 0) & (first < chosen[1]) & (last >= chosen[0]),
         }
     )
-
-
-def recall_frame(observed: Observed, ours: Judged, quoka: Quoka, head: int, text: bytes | None) -> pd.DataFrame:
-    """One row per observed query of a head."""
-    position = observed.position
-    return pd.DataFrame(
-        {
-            "query": observed.step.start + position,
-            "table": ours.recall[:, head],
-            "QUOKA": quoka.judged.recall[:, head],
-            "QUOKA sampled it": np.where(quoka.sampled[position, head], "yes", "no"),
-            "text": [excerpt(text, observed.step.start + int(p)) for p in position],
-        }
-    )
-
-
-def sampled_frame(quoka: Quoka, start: int, heads: slice, text: bytes | None) -> pd.DataFrame:
-    """One row per token of the chunk: which heads of a KV group let its query speak in QUOKA."""
-    sampled = quoka.sampled[:, heads]
-    position = start + np.arange(len(sampled))
-    return pd.DataFrame(
-        {
-            "query": position,
-            "end": position + 1,
-            "heads": sampled.sum(1),
-            "sampled": np.where(sampled.any(1), SAMPLED, UNSAMPLED),
-            "sampled_by": name_heads(sampled.T, range(heads.start, heads.stop)),
-            "text": [excerpt(text, int(p)) for p in position],
-        }
-    )
-
-
-def recall_heat_frame(observed: Observed, ours: Judged, quoka: Quoka, *, parts: int = 64) -> pd.DataFrame:
-    """Mean recall per head and stretch of queries, for both methods; a run is a stretch."""
-    position = observed.position
-    if observed.whole:
-        edges = np.unique(np.linspace(0, len(position), min(parts, len(position)) + 1).astype(int))
-        stretches = list(pairwise(edges))
-    else:
-        ends = np.cumsum([end - first for first, end in observed.runs])
-        stretches = list(zip([0, *ends[:-1]], ends, strict=True))
-    rows = []
-    for method, judged in (("block table", ours), ("QUOKA", quoka.judged)):
-        for n, (a, b) in enumerate(stretches):
-            first, last = observed.step.start + position[a], observed.step.start + position[b - 1]
-            for head, value in enumerate(judged.recall[a:b].mean(0)):
-                rows.append(
-                    (method, head, n, f"{first:,} to {last:,}", float(value), float(judged.recall[a:b, head].min()))
-                )
-    return pd.DataFrame(rows, columns=["method", "head", "stretch", "queries", "recall", "worst"])
-
-
-def error_frame(ours: Judged, quoka: Quoka) -> pd.DataFrame:
-    parts = (("block table", ours), ("QUOKA", quoka.judged))
-    return pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "method": name,
-                    "head": np.arange(len(judged.error)),
-                    "error": judged.error,
-                    "density": judged.density,
-                    "mean recall": judged.recall.mean(0),
-                    "worst recall": judged.recall.min(0),
-                    "queries under 0.9": (judged.recall < 0.9).sum(0),
-                }
-            )
-            for name, judged in parts
-        ],
-        ignore_index=True,
-    )
-
-
-def scatter_frame(judged: dict[str, Judged]) -> pd.DataFrame:
-    """Density against error, one point per head and selector."""
-    return pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "selector": name,
-                    "head": np.arange(len(found.error)),
-                    "density": found.density,
-                    "error": found.error,
-                    "mean recall": found.recall.mean(0),
-                }
-            )
-            for name, found in judged.items()
-        ],
-        ignore_index=True,
-    )
-
-
-def outcome_frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    frame = pd.DataFrame([asdict(point) for point in outcomes], columns=[field.name for field in fields(Outcome)])
-    frame["lost"] = 1.0 - frame["recall"]
-    frame["lost_worst"] = 1.0 - frame["worst"]
-    return frame
-
-
-def measured_frame(measured: Measured) -> pd.DataFrame:
-    frame = pd.DataFrame([asdict(row) for row in measured.rows])
-    frame["ratio"] = [row.ratio for row in measured.rows]
-    frame["context"] = [f"{c // 1024}K" for c in frame["context"]]
-    return frame
-
-
-def compare_frame(a: Reading, b: Reading, judged_a: Judged, judged_b: Judged) -> pd.DataFrame:
-    """Per head, what two settings read and miss."""
-    columns = {"head": np.arange(a.heads)}
-    for name, reading, judged in (("A", a, judged_a), ("B", b, judged_b)):
-        columns[f"past read, {name}"] = reading.density()
-        columns[f"mean recall, {name}"] = judged.recall.mean(0)
-        columns[f"worst recall, {name}"] = judged.recall.min(0)
-        columns[f"error, {name}"] = judged.error
-    return pd.DataFrame(columns)
 
 
 def difference_frame(found: Difference, start: int, stop: int, *, cells: int | None = CELLS) -> pd.DataFrame:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from compactattn import BlockTable, KVSummary, SelectionMask, Selector, build_table, select, summarize, unite
+from compactattn import BlockTable, KVSummary, SeerGate, SelectionMask, Selector, build_table, select, summarize, unite
 from compactattn._numba.threads import run_each
 from compactattn.quality import DensityCascade, density_cascade
 from compactattn.selection import block_rules
@@ -37,6 +39,24 @@ class Setting:
     def grouping(self) -> dict[str, int | None]:
         """The arguments of `unite`."""
         return {"heads_per_group": self.heads_per_group, "query_blocks_per_span": self.query_blocks_per_span}
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells this setting from others: plain values, and digests of a gate's weights."""
+        values = (getattr(self.selector, field.name) for field in fields(self.selector))
+        plain = (digest(value) if isinstance(value, Tensor) else value for value in values)
+        return (type(self.selector).__name__, *plain, self.heads_per_group, self.query_blocks_per_span)
+
+
+_digests = WeakTensorKeyDictionary()
+
+
+def digest(tensor: Tensor) -> str:
+    """Of a tensor's bytes; computed once for each tensor."""
+    if tensor not in _digests:
+        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        _digests[tensor] = hashlib.blake2b(data, digest_size=16).hexdigest()
+    return _digests[tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +137,12 @@ class Reading:
         )
 
 
-def make_summary(step: Step, block_size: int) -> KVSummary:
-    """Key means, kept beside the cache as an engine keeps them."""
-    return summarize(step.kv, step.batch, block_size=block_size)
+def make_summary(step: Step, selector: Selector) -> KVSummary | None:
+    """What an engine keeps beside the cache for a selector, key means or pooled keys; None where it needs nothing."""
+    gate = selector if isinstance(selector, SeerGate) else None
+    if gate is None and not isinstance(selector, FlashPrefill):
+        return None
+    return summarize(step.kv, step.batch, block_size=selector.block_size, gate=gate)
 
 
 def visible_blocks(step: Step, selector: Selector) -> np.ndarray:
@@ -128,14 +151,12 @@ def visible_blocks(step: Step, selector: Selector) -> np.ndarray:
 
 
 def read(step: Step, setting: Setting, summary: KVSummary | None = None) -> Reading:
-    """Run the first three stages on one chunk.
+    """Run the first three stages on one chunk; `summary` is what `make_summary` gave for such a selector.
 
     Raises:
         ValueError: settings that the library refuses.
     """
     selector = setting.selector
-    if not isinstance(selector, FlashPrefill):
-        summary = None
     selection = select(step.q, step.kv, step.batch, selector, scale=step.scale, summary=summary)
     groups = unite(selection, step.batch, **setting.grouping)
     return Reading(
@@ -230,13 +251,16 @@ def profile(step: Step, mass: Mass, selector: Selector) -> list[HeadProfile]:
     return [HeadProfile(h, *(float(r[h]) for r in regions), float(needed[h].mean())) for h in range(len(mass.share))]
 
 
+SHARERS = HEADS, QUERY_BLOCKS = "heads", "query blocks"  # who may share a row
+
+
 @dataclass(frozen=True, eq=False)
 class GroupUnion:
     """One row of the table, from its members' masks to its list.
 
     Attributes:
         row: its number in the table.
-        heads, query_blocks: its members.
+        heads, query_blocks: its members are the pairs of these.
         members: bool [H, I, Kb]; visible bits of the members' masks.
         by_head: bool [H, Kb]; after the union over the query blocks.
         listed: bool [Kb]; the row.
@@ -252,14 +276,30 @@ class GroupUnion:
     past_blocks: int
 
     @property
-    def askers(self) -> np.ndarray:
-        """int [Kb]: heads that asked for each block."""
-        return self.by_head.sum(0)
+    def past(self) -> np.ndarray:
+        """bool [Kb]."""
+        return np.arange(len(self.listed)) < self.past_blocks
 
-    def alone(self) -> np.ndarray:
-        """bool [H, Kb]: past blocks that only this head asked for, the price of sharing the row."""
-        past = np.arange(self.by_head.shape[1]) < self.past_blocks
-        return self.by_head & (self.askers == 1) & past
+    @property
+    def sharers(self) -> list[str]:
+        """Who shares the row: `HEADS`, `QUERY_BLOCKS`, both or neither."""
+        return [name for name in SHARERS if len(self.parts(name)) > 1]
+
+    def parts(self, by: str) -> range:
+        """The row's heads, or its query blocks."""
+        return self.heads if by == HEADS else self.query_blocks
+
+    def asked(self, by: str) -> np.ndarray:
+        """bool [parts, Kb]: what each head asked for in any query block, or each query block in any head."""
+        return self.members.any(1 if by == HEADS else 0)
+
+    def alone(self, by: str) -> np.ndarray:
+        """bool [parts, Kb]: past blocks that only this head (or query block) asked for, the price of sharing the row.
+
+        A part that has the row to itself pays no price.
+        """
+        asked = self.asked(by)
+        return asked & (asked.sum(0) == 1) & self.past & (len(asked) > 1)
 
     def needed_by(self, block: int) -> list[tuple[int, int]]:
         """The (head, query block) pairs that selected a block: whom taking it away would hurt."""

@@ -138,6 +138,19 @@ def judge(observed: Observed, reading: Reading) -> Judged:
     )
 
 
+def block_shares(observed: Observed, reading: Reading, block: int) -> np.ndarray:
+    """float32 [m, Hq]: the share of each observed query's exact mass that lies in one block of the past."""
+    selector, device, runs = reading.setting.selector, observed.q.device, len(observed.runs)
+    keep = torch.zeros((runs, observed.batch.kv_blocks(selector.block_size)), dtype=torch.bool, device=device)
+    keep[:, block] = True
+    query_blocks = -(-observed.batch.max_q_len // selector.query_block)
+    rows = torch.arange(runs, dtype=torch.int32, device=device)[:, None, None]
+    rows = rows.expand(runs, reading.heads, query_blocks).contiguous()
+    table = build_table(GroupMask(keep, rows, selector.block_size, selector.query_block))
+    shares = coverage(observed.q, observed.kv, observed.batch, table, scale=observed.step.scale, dense_lse=observed.lse)
+    return shares.cpu().numpy()
+
+
 @dataclass(frozen=True, eq=False)
 class Quoka:
     """QUOKA on the same chunk.

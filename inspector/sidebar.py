@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
 
 from benchmarks.workloads import WORKLOADS
-from compactattn import Dense, FlashPrefill, Oracle, Selector, XAttention
-from compactattn.validation import BLOCK_SIZES, QUERY_BLOCKS
-from inspector import cached, model, sources
+from compactattn import Oracle
+from inspector import cached, sources
+from inspector.choices import Subject, ask_selector, ask_sharing
+from inspector.files import GateWeights, Recorded
 from inspector.model import Setting
-from inspector.sources import About, Place, Recorded, Source, Synthetic
+from inspector.sources import About, Place, Source, Synthetic
+from inspector.widgets import BOUND, UndecidedError, ask_file, choose, either
 
 SAMPLE, FILE, WORKLOAD = "Sample", "File", "Synthetic"
-SELECTORS = ("FlashPrefill", "XAttention", "Oracle", "Dense")
-#: Each selector's own parameter: its label, its default, and the values that a sweep goes through.
-PARAMETERS = {
-    "FlashPrefill": ("alpha", 0.1, (0.005, 0.01, 0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 0.9)),
-    "XAttention": ("threshold", 0.9, (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99)),
-    "Oracle": ("mass", 0.95, (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)),
-}
 CHUNKS = (128, 256, 512, 1024, 2048)
-WHOLE = "chunk"
-BOUND = {"bind": "query-params"}
+#: Tokens from which on exact attention takes seconds on a CPU: what needs it waits to be asked for.
+LONG = 16384
 #: What suits a recorded prompt of a few thousand tokens, and the paper's setting for a long one.
 DEFAULTS: dict[str, dict[str, Any]] = {
     SAMPLE: {
@@ -35,6 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sink": 1,
         "window": 2,
         "alpha": 0.1,
+        "gate_threshold": 0.01,
         "share": 2,
         "page_size": 16,
     },
@@ -54,15 +49,35 @@ DEFAULTS[FILE] = DEFAULTS[SAMPLE]
 
 @dataclass(frozen=True)
 class View:
-    """What the reader looks at."""
+    """What the reader looks at.
 
-    source: Source
-    about: About
-    place: Place
+    Attributes:
+        subject: the data and the place in it.
+        page_size: tokens per page of the cache.
+        head: query head.
+        setting: how blocks are selected and shared.
+        weights: the file of the gate's weights, where the selector is a gate.
+        dark: whether the page is.
+    """
+
+    subject: Subject
     page_size: int
     head: int
     setting: Setting
+    weights: GateWeights | None
     dark: bool
+
+    @property
+    def source(self) -> Source:
+        return self.subject.source
+
+    @property
+    def about(self) -> About:
+        return self.subject.about
+
+    @property
+    def place(self) -> Place:
+        return self.subject.place
 
     @property
     def at(self) -> tuple[Source, Place, int]:
@@ -73,45 +88,38 @@ class View:
     def kv_head(self) -> int:
         return self.head // self.about.group
 
-
-class UndecidedError(Exception):
-    """There is nothing to show before the reader has decided; what to decide is on the page already."""
+    @property
+    def long(self) -> bool:
+        """Whether exact attention takes seconds here."""
+        return self.place.stop > LONG
 
 
 def ask() -> View:
     """Draw the sidebar.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is no capture.
+        FileNotFoundError, ValueError: a file that is no capture, or no gate for it.
         UndecidedError: no file chosen yet.
     """
     with st.sidebar:
         st.subheader("Data")
         source = _ask_source()
-        about = cached.about(source)
+        about, defaults = cached.about(source), DEFAULTS[_kind()]
         place = _ask_place(about)
+        subject = Subject(source, about, place, defaults)
         st.subheader("Selector")
-        selector = ask_selector(_kind())
-        if isinstance(selector, Oracle) and place.stop > 16384:
+        selector, weights = ask_selector(subject)
+        if isinstance(selector, Oracle) and place.stop > LONG:
             st.caption("Oracle computes the exact attention of every query first: seconds at this length.")
         st.subheader("Sharing")
-        setting = ask_sharing(selector, about.group, place, _kind())
+        setting = ask_sharing(selector, subject)
         with st.expander("Cache layout"):
-            page_size = _choose("Tokens per page", "page_size", sources.PAGE_SIZES, DEFAULTS[_kind()]["page_size"])
-    return View(source, about, place, page_size, st.session_state["head"], setting, st.context.theme.type == "dark")
+            page_size = choose("Tokens per page", "page_size", sources.PAGE_SIZES, defaults["page_size"])
+    return View(subject, page_size, st.session_state["head"], setting, weights, st.context.theme.type == "dark")
 
 
 def _kind() -> str:
     return st.session_state.get("data") or SAMPLE
-
-
-def _choose(label: str, key: str, options: Sequence[Any], default: Any, **more: Any) -> Any:
-    """A select box that is bound to the address and falls back to its default when its options change."""
-    options = list(options)
-    if key in st.session_state and st.session_state[key] not in options:
-        del st.session_state[key]
-    index = options.index(default) if default in options else 0
-    return st.selectbox(label, options, index, key=key, **BOUND, **more)
 
 
 def _reset() -> None:
@@ -123,57 +131,34 @@ def _reset() -> None:
 
 
 def _ask_source() -> Source:
-    kind = st.segmented_control(
-        "Where from",
-        [SAMPLE, FILE, WORKLOAD],
-        default=SAMPLE,
-        key="data",
-        required=True,
-        on_change=_reset,
-        label_visibility="collapsed",
-        width="stretch",
-        **BOUND,
-    )
+    kinds = [SAMPLE, FILE, WORKLOAD]
+    kind = either("Where from", "data", kinds, SAMPLE, on_change=_reset, label_visibility="collapsed", width="stretch")
     if kind == FILE:
-        return _ask_file()
-    if kind == WORKLOAD:
-        return _ask_workload()
-    return Recorded.from_path("")
+        return _ask_capture()
+    return _ask_workload() if kind == WORKLOAD else Recorded.from_path("")
 
 
-def _open_typed() -> None:
-    st.session_state["opened"] = st.session_state["file"]
-
-
-def _ask_file() -> Recorded:
-    path = st.text_input(
+def _ask_capture() -> Recorded:
+    chosen = ask_file(
+        Recorded,
+        "file",
         "Path of a capture",
-        key="file",
+        ("safetensors",),
         placeholder="/path/to/capture.safetensors",
-        on_change=_open_typed,
         help="A safetensors file that `compactattn.capture.save_capture` wrote. It stays on this machine.",
-        **BOUND,
-    ).strip()
-    upload = st.file_uploader("or upload one", type="safetensors", key="upload", max_upload_size=512)
-    if upload is not None:
-        data = upload.getvalue()
-        st.session_state[cached.UPLOAD] = data
-        return Recorded.from_upload(upload.name, data)
-    if not path:
+    )
+    if chosen is None:
         st.info("Name a capture or upload one. Nothing else is read.", icon=":material/folder_open:")
         raise UndecidedError
-    if st.session_state.get("opened", "").strip() != path:
-        st.warning("This link names a file on this machine. It is not read before you say so.")
-        st.code(path, language=None, wrap_lines=True)
-        if not st.button("Open this file", icon=":material/lock_open:"):
-            raise UndecidedError
-        st.session_state["opened"] = path
-    return Recorded.from_path(path)
+    return chosen
 
 
 def _ask_workload() -> Synthetic:
-    workload = _choose("Workload", "workload", list(WORKLOADS), "vertical-slash")
-    context = _choose("Prompt, tokens", "context", sources.CONTEXTS, sources.CONTEXTS[-1])
+    workload = choose("Workload", "workload", list(WORKLOADS), "vertical-slash")
+    contexts = sources.CONTEXTS
+    if st.session_state.get("context", contexts[-1]) not in contexts:
+        del st.session_state["context"]
+    context = st.select_slider("Prompt, tokens", contexts, contexts[-1], key="context", **BOUND)
     correlation = st.slider(
         "Correlation of the heads",
         0.0,
@@ -186,42 +171,42 @@ def _ask_workload() -> Synthetic:
     )
     left, middle, right = st.columns(3)
     with left:
-        kv_heads = _choose("KV heads", "kv", (1, 2, 4), 2)
+        kv_heads = choose("KV heads", "kv", (1, 2, 4), 2)
     with middle:
-        group = _choose("G", "group", (1, 2, 4, 8), 4, help="Query heads per KV head.")
+        group = choose("G", "group", (1, 2, 4, 8), 4, help="Query heads per KV head.")
     with right:
         seed = st.number_input("Seed", 0, 9999, 0, key="seed", **BOUND)
     return Synthetic(workload, context, correlation, kv_heads, group, int(seed))
 
 
-def _move(starts: list[int], by: int) -> None:
+def _move(starts: range, by: int) -> None:
     """Walk to a neighbouring chunk; from the last one on to the first."""
-    here = starts.index(st.session_state["start"])
+    here = st.session_state["start"] // starts.step
     st.session_state["start"] = starts[(here + by) % len(starts)]
 
 
 def _ask_place(about: About) -> Place:
     left, right = st.columns(2)
     with left:
-        layer = _choose("Layer", "layer", about.layers, about.layers[-1])
+        layer = choose("Layer", "layer", about.layers, about.layers[-1])
     with right:
-        chunk = _choose("Chunk, queries", "chunk", CHUNKS, DEFAULTS[_kind()]["chunk"])
+        chunk = choose("Chunk, queries", "chunk", CHUNKS, DEFAULTS[_kind()]["chunk"])
     starts = sources.chunk_starts(about.tokens, chunk)
+    start = 0
     if len(starts) > 1:
-        if st.session_state.get("start", starts[-1]) not in starts:
-            del st.session_state["start"]
+        held = st.session_state.get("start", starts[-1])
+        if held not in starts:  # of chunks of another size, or of another prompt
+            st.session_state["start"] = min(max(held, 0) // chunk * chunk, starts[-1])
         if st.session_state.pop("advance", False) and "start" in st.session_state:
             _move(starts, 1)
-        start = st.select_slider("First token of the chunk", starts, starts[-1], key="start", **BOUND)
+        start = st.slider("First token of the chunk", 0, starts[-1], starts[-1], chunk, key="start", **BOUND)
+        start = start // chunk * chunk
         _walk(starts)
-    else:
-        start = 0
-    heads = list(range(about.heads))
-    _choose("Query head", "head", heads, 0, help=f"{about.group} query heads share a KV head.")
+    choose("Query head", "head", range(about.heads), 0, help=f"{about.group} query heads share a KV head.")
     return Place(about.layers.index(layer), start, min(start + chunk, about.tokens))
 
 
-def _walk(starts: list[int]) -> None:
+def _walk(starts: range) -> None:
     """One chunk back, one forward, and a switch that walks by itself."""
     row = st.container(horizontal=True, vertical_alignment="center")
     row.button("", key="back", icon=":material/skip_previous:", help="Chunk before", on_click=_move, args=(starts, -1))
@@ -240,60 +225,3 @@ def _tick() -> None:
         st.session_state["advance"] = True
         st.rerun()
     st.session_state["ticked"] = True
-
-
-def ask_selector(kind: str, prefix: str = "") -> Selector:
-    """The selector and its own settings; `prefix` tells the second one of a comparison from the first."""
-    defaults = DEFAULTS[kind]
-    name = _choose("Selector", f"{prefix}selector", SELECTORS, SELECTORS[0])
-    if name != "Dense":
-        label, default, _ = PARAMETERS[name]
-        value = st.slider(
-            label, 0.0, 1.0, defaults.get(label, default), 0.005, key=prefix + label, format="%.3f", **BOUND
-        )
-        left, right = st.columns(2)
-        sink = left.number_input("Sink blocks", 0, 64, defaults["sink"], key=f"{prefix}sink", **BOUND)
-        window = right.number_input("Window blocks", 0, 64, defaults["window"], key=f"{prefix}window", **BOUND)
-    if not prefix:
-        left, right = st.columns(2)
-        with left:
-            _choose("KV block", "block", BLOCK_SIZES, defaults["block"])
-        with right:
-            _choose("Query block", "qblock", QUERY_BLOCKS, defaults["qblock"])
-    sizes = {"block_size": st.session_state["block"], "query_block": st.session_state["qblock"]}
-    if name == "Dense":
-        return Dense(**sizes)
-    return make_selector(name, value, sink_blocks=int(sink), window_blocks=int(window), **sizes)
-
-
-def make_selector(name: str, value: float, **fields: int) -> Selector:
-    """A selector by its name and the value of its own parameter."""
-    kinds = {"FlashPrefill": FlashPrefill, "XAttention": XAttention, "Oracle": Oracle}
-    return kinds[name](**{PARAMETERS[name][0]: value}, **fields)
-
-
-def with_selector(setting: Setting, name: str, value: float) -> Setting:
-    """The same blocks, sink, window and grouping under another selector, or another value of its parameter."""
-    sizes = ("sink_blocks", "window_blocks", "block_size", "query_block")
-    kept = {field: getattr(setting.selector, field) for field in sizes}
-    return replace(setting, selector=make_selector(name, value, **kept))
-
-
-def parameter(name: str) -> float:
-    """The value of a selector's own parameter: what the reader last set, or its default."""
-    label, default, _ = PARAMETERS[name]
-    return st.session_state.get(label, DEFAULTS[_kind()].get(label, default))
-
-
-def ask_sharing(selector: Selector, group: int, place: Place, kind: str, prefix: str = "") -> Setting:
-    """How many heads and query blocks share a table row; the second setting of a comparison starts without sharing."""
-    sizes = model.divisors(group)
-    wanted, whole = (1, "1") if prefix else (DEFAULTS[kind]["share"], WHOLE)
-    left, right = st.columns(2)
-    with left:
-        heads = _choose("Heads per group", f"{prefix}share", sizes, wanted if wanted in sizes else sizes[-1])
-    query_blocks = -(-(place.stop - place.start) // selector.query_block)
-    spans = [WHOLE, *(str(n) for n in model.span_choices(query_blocks) if n < query_blocks)]
-    with right:
-        span = _choose("Blocks per span", f"{prefix}span", spans, whole)
-    return Setting(selector, heads, None if span == WHOLE else int(span))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,60 +10,14 @@ from torch import Tensor
 from benchmarks.cases import Shape
 from benchmarks.workloads import WORKLOADS, make_step
 from compactattn import PagedKV, PrefillBatch
-from compactattn.capture import Capture, load_capture, sample_path
+from compactattn.capture import Capture, load_capture
 from compactattn.demo import PagedPrompt, best_device
 from compactattn.validation import check_queries, fail
+from inspector.files import Recorded
 
-MAX_FILE_BYTES = 2 << 30
 PAGE_SIZES = (16, 32, 64, 128, 256)
 CONTEXTS = (8192, 16384, 32768, 65536, 131072)
 HEAD_DIM = 128
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A capture: a file that the user named (`upload` empty), or bytes that were uploaded (their SHA-256).
-
-    Attributes:
-        path: where it is, or the upload's name; empty for the sample that ships with the package.
-        changed: time of the file's last change in ns, so that a rewritten file is another source.
-        upload: SHA-256 of an upload's bytes, in hexadecimal.
-    """
-
-    path: str = ""
-    changed: int = 0
-    upload: str = ""
-
-    @classmethod
-    def from_path(cls, path: str) -> Recorded:
-        """The file at `path`, or the sample for an empty one.
-
-        Raises:
-            FileNotFoundError, ValueError: no such file, no regular file, or a file larger than 2 GiB.
-        """
-        file = Path(path).expanduser() if path else sample_path()
-        if not file.exists():
-            raise FileNotFoundError(f"{file}: expected a capture file, got no file at all")
-        if not file.is_file():
-            raise ValueError(f"{file}: expected a capture file, got a directory or a device")
-        _check_size(str(file), file.stat().st_size)
-        return cls(str(file) if path else "", file.stat().st_mtime_ns)
-
-    @classmethod
-    def from_upload(cls, name: str, data: bytes) -> Recorded:
-        """Bytes that somebody uploaded under `name`.
-
-        Raises:
-            ValueError: more than 2 GiB.
-        """
-        _check_size(name, len(data))
-        return cls(name, 0, hashlib.sha256(data).hexdigest())
-
-    @property
-    def label(self) -> str:
-        if self.upload:
-            return f"upload {self.path}"
-        return self.path or "the sample in the package"
 
 
 @dataclass(frozen=True)
@@ -107,6 +58,7 @@ class About:
     Attributes:
         layers: the model's numbers of the layers that can be looked at.
         text: the prompt in UTF-8 where byte i is token i, else None.
+        rope_theta: base of the rotary embedding that queries and keys carry; None where no model made them.
     """
 
     label: str
@@ -119,6 +71,7 @@ class About:
     head_dim: int
     dtype: str
     text: bytes | None = None
+    rope_theta: float | None = None
 
     @property
     def group(self) -> int:
@@ -183,17 +136,8 @@ def load(source: Recorded, data: bytes | None = None) -> Capture:
     Raises:
         FileNotFoundError, ValueError: whatever `load_capture` refuses, and an upload whose bytes are gone.
     """
-    if not source.upload:
-        return load_capture(source.path or sample_path())
-    if data is None:
-        raise ValueError(f"{source.path}: the upload is gone, choose the file again")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "upload.safetensors"
-        file.write_bytes(data)
-        try:
-            return load_capture(file)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(file), source.path)) from error
+    with source.opened(data) as file:
+        return load_capture(file)
 
 
 def describe(source: Source, capture: Capture | None = None) -> About:
@@ -226,6 +170,7 @@ def describe(source: Source, capture: Capture | None = None) -> About:
         head_dim=first.q.shape[2],
         dtype=str(first.q.dtype).removeprefix("torch."),
         text=text,
+        rope_theta=capture.rope_theta,
     )
 
 
@@ -259,11 +204,6 @@ def make_synthetic_step(source: Synthetic, place: Place, page_size: int) -> Step
     return Step(made.q, made.kv, made.batch, None)
 
 
-def chunk_starts(tokens: int, chunk: int) -> list[int]:
+def chunk_starts(tokens: int, chunk: int) -> range:
     """First positions of the chunks that a prompt is cut into."""
-    return list(range(0, tokens, chunk))
-
-
-def _check_size(name: str, size: int) -> None:
-    if size > MAX_FILE_BYTES:
-        raise fail(name, f"a capture of at most {MAX_FILE_BYTES >> 30} GiB", f"{size / 2**30:.1f} GiB")
+    return range(0, tokens, chunk)

@@ -1,7 +1,8 @@
 """See what a sparse prefill reads, what it misses, and what that costs: `streamlit run inspector`.
 
-Pages and navigation only; `sidebar.py` asks, `model.py`, `recall.py` and `cost.py` compute, `charts.py`,
-`quality_charts.py` and `figures.py` draw.
+Pages and navigation only. `sidebar.py` and `choices.py` ask; `sources.py` and `gates.py` read what was chosen;
+`model.py`, `recall.py` and `cost.py` compute; `frames.py` and `quality_frames.py` make tables of it, which `charts.py`
+and `quality_charts.py` draw for the page, `figures.py` and `quality_figures.py` for print.
 """
 
 from __future__ import annotations
@@ -86,4 +87,9 @@ def main() -> None:
     chosen.run()
 
 
-main()
+if __name__ == "__main__":  # a reader's click
+    main()
+else:  # `streamlit run` starts its server from this
+    from inspector import serving
+
+    app = st.App(__file__, lifespan=serving.lifespan, on_script_error=serving.failed)

@@ -1,18 +1,34 @@
-"""How the tests read the inspector: Streamlit serving it, and one tab of Chromium."""
+"""How the tests read the inspector: Streamlit serving it, and one tab of Chromium.
+
+    python -m tests.browsing times       # on a machine that does nothing else: the times that the README states
+    python -m tests.browsing pictures    # every page in both themes, and the README's pictures
+
+Times and pages are left in `out/inspector`, the README's pictures in `inspector/screenshots`.
+"""
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import re
+import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / "out" / "inspector"
+PICTURE_FOLDER = ROOT / "inspector" / "screenshots"
 PAGES = {
     "data": "Data",
     "masks": "Masks",
@@ -22,12 +38,24 @@ PAGES = {
     "what_if": "What if",
     "compare": "Compare",
 }
+#: The README's pictures: page, theme, and what is in the address.
+PICTURES = {
+    "masks-dark": ("masks", "dark", "?head=3&share=4&alpha=0.14"),
+    "union-128k": ("union", "light", "?data=Synthetic"),
+    "coverage": ("coverage", "light", ""),
+}
+PICTURE_SIZE = 1440, 1640
 
 
 class Server:
-    """`streamlit run inspector` from the repository's root, as the README has it, on a free port."""
+    """`streamlit run inspector` from the repository's root, as the README has it, on a free port.
+
+    Attributes:
+        started_s: seconds from the command to the first answer.
+    """
 
     def __init__(self) -> None:
+        began = time.perf_counter()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -38,11 +66,19 @@ class Server:
             self.process = subprocess.Popen(
                 [*command, "--server.port", str(self.port)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
             )
-        deadline = time.monotonic() + 60
-        while not self.answers("127.0.0.1"):
+        while not self._healthy():
             assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.1)
+            assert time.perf_counter() - began < 120, self.log.read_text()
+            time.sleep(0.02)
+        self.started_s = time.perf_counter() - began
+
+    def _healthy(self) -> bool:
+        """Whether the server answers, as Streamlit's own page asks it."""
+        try:
+            with urllib.request.urlopen(self.url("_stcore/health"), timeout=60) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
 
     def answers(self, address: str) -> bool:
         try:
@@ -157,7 +193,131 @@ class Reader:
         self.tab.screenshot(path=SHOTS / f"{name}.png")
         self.tab.set_viewport_size({"width": 1440, "height": 1000})
 
+    def photograph(self, name: str) -> None:
+        """A picture for the README: the upper part of the page, in as few colours as it needs."""
+        from PIL import Image
+
+        width, height = PICTURE_SIZE
+        self.tab.mouse.move(0, 0)
+        self.tab.set_viewport_size({"width": width, "height": height})
+        self.settle()
+        self.tab.wait_for_timeout(300)
+        image = Image.open(io.BytesIO(self.tab.screenshot())).convert("RGB")
+        image.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(PICTURE_FOLDER / f"{name}.png", optimize=True)
+
     def check(self) -> None:
         assert not self.problems, self.problems
         assert not self.tab.get_by_test_id("stException").count()
         assert not self.tab.get_by_test_id("stAlertContentError").count(), self.error()
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Debian's chromium, or the one that `playwright install chromium` left.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        path = shutil.which("chromium") or driver.chromium.executable_path
+        if not Path(path).exists():
+            raise FileNotFoundError("no browser: install chromium (apt) or run `playwright install chromium`")
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = driver.chromium.launch(executable_path=path, args=sandbox)
+        yield opened
+        opened.close()
+
+
+def first_paint(browser: Any) -> dict[str, float]:
+    """Seconds until a server answers, until its default page has a heading, and until that page is complete."""
+    server = Server()
+    try:
+        reader = Reader(browser, server)
+        began = time.perf_counter()
+        reader.tab.goto(server.url())
+        reader.tab.wait_for_selector("h1")
+        heading = time.perf_counter() - began
+        reader.settle()
+        painted = time.perf_counter() - began
+        reader.check()
+        reader.context.close()
+    finally:
+        server.stop()
+    return {"command to answer": server.started_s, "answer to heading": heading, "answer to complete page": painted}
+
+
+def interactions(reader: Reader, runs: dict[str, int], query: str = "") -> dict[str, list[float]]:
+    """Seconds from another alpha to the drawn page, `runs` times on each page, each time a value not seen before."""
+    times: dict[str, list[float]] = {}
+    for n, (page, count) in enumerate(runs.items()):
+        if n:
+            reader.go(page)
+        else:
+            reader.open(page, query)
+        slider = reader.tab.locator(".st-key-alpha input[type=range]")
+        slider.focus()
+        times[page] = [reader.after(partial(slider.press, "ArrowRight")) for _ in range(count)]
+        reader.settle()
+        reader.check()
+    return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {page: round(statistics.median(found), 2) for page, found in times.items()}
+
+
+def take_times() -> dict[str, object]:
+    """Every time that the README states: medians of 5 fresh servers, and of 20 changes of alpha on each page."""
+    report: dict[str, object] = {"processors": os.cpu_count(), "load average before": os.getloadavg()[0]}
+    with chromium() as browser:
+        paints = [first_paint(browser) for _ in range(5)]
+        report["first paint, s"] = medians({name: [paint[name] for paint in paints] for name in paints[0]})
+        for name, query in (("sample", ""), ("131,072 tokens", "?data=Synthetic")):
+            server = Server()
+            try:
+                times = interactions(Reader(browser, server), dict.fromkeys(PAGES, 20), query)
+            finally:
+                server.stop()
+            report[f"another alpha, {name}, s"] = medians(times)
+    report["load average after"] = os.getloadavg()[0]
+    return report
+
+
+def take_pictures() -> None:
+    """Every page in both themes into `out/inspector`, and the README's pictures."""
+    with chromium() as browser:
+        server = Server()
+        try:
+            for theme in ("light", "dark"):
+                reader = Reader(browser, server, theme)
+                for page in PAGES:
+                    reader.open(page)
+                    reader.shoot(f"{page}-{theme}")
+                reader.check()
+                reader.context.close()
+            for name, (page, theme, query) in PICTURES.items():
+                reader = Reader(browser, server, theme)
+                reader.open(page, query)
+                reader.photograph(name)
+                reader.check()
+                reader.context.close()
+        finally:
+            server.stop()
+
+
+def main() -> None:
+    parts = sys.argv[1:] or ["times", "pictures"]
+    if not set(parts) <= {"times", "pictures"}:
+        raise SystemExit(f"browsing: expected times, pictures or nothing, got {' '.join(parts)}")
+    if "times" in parts:
+        text = json.dumps(take_times(), indent=2)
+        (SHOTS / "timings.json").write_text(text + "\n")
+        print(text)
+    if "pictures" in parts:
+        take_pictures()
+
+
+if __name__ == "__main__":
+    main()

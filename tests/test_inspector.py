@@ -18,8 +18,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("altair")
 
 from inspector import cost, model, recall, sources
+from inspector.files import MAX_BYTES, Recorded
 from inspector.model import Setting
-from inspector.sources import Place, Recorded, Step, Synthetic
+from inspector.sources import Place, Step, Synthetic
 
 TOKENS, HEADS, KV_HEADS = 700, 4, 2
 PLACE = Place(1, 300, 500)
@@ -92,13 +93,15 @@ def test_a_row_is_the_union_of_its_members_and_the_current_region(step, span, he
                 needed = {(h, i) for h in union.heads for i in union.query_blocks if reading.mask[h, i, block]}
                 assert set(union.needed_by(int(block))) == needed
                 assert needed, "an entry that nobody needs"
-            alone = {(n, j) for n, j in zip(*union.alone().nonzero(), strict=True)}
-            wanted = {
-                (n, j)
-                for n, j in zip(*union.by_head.nonzero(), strict=True)
-                if union.by_head[:, j].sum() == 1 and past[j]
-            }
-            assert alone == wanted
+            for by, asked in (("heads", union.by_head), ("query blocks", union.members.any(0))):
+                wanted = {
+                    (n, j)
+                    for n, j in zip(*asked.nonzero(), strict=True)
+                    if asked[:, j].sum() == 1 < len(asked) and past[j]
+                }
+                assert {(n, j) for n, j in zip(*union.alone(by).nonzero(), strict=True)} == wanted
+            shared = [len(union.heads) > 1, len(union.query_blocks) > 1]
+            assert union.sharers == [name for name, several in zip(model.SHARERS, shared, strict=True) if several]
 
 
 def test_kinds_tell_the_rules_apart(step):
@@ -191,6 +194,7 @@ def test_pages_that_are_read(page_size, block_size):
         )
         assert cost.PAGE_KINDS[grid.kinds[physical]] == kind
         assert grid.logical[physical] == logical
+    assert grid.page_bytes == page_size * (64 + 64) * 2, "keys and values of a KV head, two bytes each"
     assert sum(grid.count(kind) for kind in cost.PAGE_KINDS) == len(grid.kinds) == step.kv.k.shape[0]
 
 
@@ -301,7 +305,7 @@ def test_unknown_files_and_impossible_settings_are_refused(tmp_path, step):
         sources.load(Recorded.from_upload("mine.safetensors", b"x" * 99), b"x" * 99)
     huge = tmp_path / "huge.safetensors"
     with huge.open("wb") as file:
-        file.truncate(sources.MAX_FILE_BYTES + 1)
+        file.truncate(MAX_BYTES + 1)
     with pytest.raises(ValueError, match="at most 2 GiB"):
         Recorded.from_path(str(huge))
 

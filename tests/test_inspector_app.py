@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import dataclasses
 
 import numpy as np
 import pytest
 
 from compactattn import Dense, FlashPrefill, Oracle, XAttention
-from compactattn.capture import save_capture
-from tests.test_inspector import TOKENS, noise
+from compactattn.capture import CapturedLayer, save_capture
 
 pytest.importorskip("streamlit")
 pytest.importorskip("matplotlib")
 
 from streamlit.testing.v1 import AppTest
 
-from inspector import model, recall, sources
+from inspector import cost, model, recall, sources
 from inspector.model import Setting
 from inspector.sources import Place
+from tests.inspecting import APP, PAGES, context, default_setting, fine, metrics, noise_step, start, visit
+from tests.test_inspector import TOKENS, noise
 
-APP = Path(__file__).parents[1] / "inspector" / "streamlit_app.py"
-PAGES = ("data", "masks", "union", "tables", "coverage", "what_if", "compare")
 TITLES = ("Data", "Masks", "Union", "Tables", "Coverage against QUOKA", "What if", "Compare")
 
 
@@ -31,48 +29,6 @@ def capture_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("captures") / "noise.safetensors"
     save_capture(path, noise())
     return str(path)
-
-
-def start(page: str = "data", path: str | None = None, **query: str) -> Any:
-    """The app on a page: the sample, or a capture that the reader typed; `query` is the address."""
-    app = AppTest.from_file(str(APP), default_timeout=120)
-    for name, value in query.items():
-        app.query_params[name] = value
-    if path is not None:
-        app.query_params["data"] = "File"
-    app.run()
-    if path is not None:
-        app.text_input(key="file").set_value(path).run()
-    return visit(app, page)
-
-
-def visit(app: Any, page: str) -> Any:
-    return app.switch_page(f"views/{page}.py").run()
-
-
-def fine(app: Any) -> Any:
-    """No traceback, no error box; returns the app."""
-    assert not app.exception, app.exception
-    assert not app.error, app.error[0].value
-    return app
-
-
-def context(app: Any) -> str:
-    """The line that says what is looked at, less the escapes that keep it from being read as Markdown."""
-    return app.caption[0].value.replace("\\", "")
-
-
-def metrics(app: Any) -> dict[str, str]:
-    return {metric.label: metric.value for metric in app.metric}
-
-
-def noise_step(start: int = 512, stop: int = TOKENS, layer: int = 1) -> sources.Step:
-    return sources.make_recorded_step(noise(), Place(layer, start, stop), 16)
-
-
-def default_setting(**changes: Any) -> Setting:
-    rules = {"alpha": 0.1, "sink_blocks": 1, "window_blocks": 2, "block_size": 64, "query_block": 64}
-    return Setting(FlashPrefill(**{**rules, **changes}), 2)
 
 
 @pytest.mark.parametrize(("page", "title"), list(zip(PAGES, TITLES, strict=True)))
@@ -125,7 +81,7 @@ def test_the_address_carries_the_place(capture_file):
     assert "layer 5 · tokens 256 to 383 of 700 · head 2" in context(app)
     assert app.selectbox(key="page_size").value == 64
     app = fine(start("masks", capture_file, chunk="128", start="300", head="99", alpha="7", layer="x"))
-    assert "layer 5 · tokens 640 to 699 of 700 · head 0" in context(app), "impossible values fall back"
+    assert "layer 5 · tokens 256 to 383 of 700 · head 0" in context(app), "impossible values fall back"
     assert app.slider(key="alpha").value == 0.1
 
 
@@ -138,6 +94,9 @@ def test_walking_through_the_chunks(capture_file):
     assert "tokens 256 to 511" in context(app)
     app = fine(app.button(key="back").click().run())
     app = fine(app.button(key="back").click().run())
+    assert "tokens 512 to 699" in context(app)
+    assert "tokens 256 to 511" in context(fine(app.slider(key="start").set_value(256).run()))
+    app = fine(app.button(key="forward").click().run())
     assert "tokens 512 to 699" in context(app)
     app.session_state["advance"] = True  # what the clock of the play switch leaves
     assert "tokens 0 to 255" in context(fine(app.run()))
@@ -162,10 +121,6 @@ def test_every_page_takes_every_selector(capture_file, page, selector):
 
 
 def test_a_single_query_and_a_capture_of_one_chunk(tmp_path):
-    import dataclasses
-
-    from compactattn.capture import CapturedLayer
-
     capture = noise()
     cut = [CapturedLayer(layer.layer, *(t[:513] for t in layer.tensors().values())) for layer in capture.layers]
     for tokens in (513, 1):
@@ -192,11 +147,22 @@ def test_union_page_shows_the_row_that_was_chosen(capture_file):
     for row in (0, 2):
         app = fine(app.selectbox(key="row_span").set_value(row).run())
         union = model.row_union(reading, 2, row)
-        past, alone = int((union.listed & reading.past).sum()), int(union.alone().sum())
-        words = f"The row of heads 2 to 3 lists {past} past blocks; **{alone}** of them only one head asked for."
+        past, alone = int((union.listed & reading.past).sum()), int(union.alone("heads").sum())
+        words = (
+            f"The row of heads 2 to 3 over 1 query block lists {past} past blocks; **{alone}** of them only one head"
+        )
         assert any(text.value.startswith(words) for text in app.markdown)
     app = fine(app.selectbox(key="span").set_value("chunk").run())
     assert all(box.key != "row_span" for box in app.selectbox)
+    app.slider(key="alpha").set_value(0.99)
+    app = fine(app.segmented_control(key="members").set_value("query blocks").run())
+    picky = default_setting(alpha=0.99, sink_blocks=0, window_blocks=0).selector
+    union = model.row_union(model.read(noise_step(), Setting(picky, 2)), 2, 0)
+    assert union.alone("heads").sum() > union.alone("query blocks").sum() == 0
+    assert any("**0** of them only one query block asked for" in text.value for text in app.markdown)
+    app.selectbox(key="share").set_value(1)
+    app = fine(app.selectbox(key="span").set_value("1").run())
+    assert any("Query block 0 of head 2 has the row to itself" in text.value for text in app.markdown)
 
 
 def test_table_page_explains_its_entries(capture_file):
@@ -209,7 +175,28 @@ def test_table_page_explains_its_entries(capture_file):
         words = f"was selected by **{len(pairs)}**" if block < reading.past_blocks else "**current region**"
         assert any(f"Block {block} (" in text.value and words in text.value for text in app.markdown)
     for size in (32, 64, 128, 256):
-        fine(app.selectbox(key="page_size").set_value(size).run())
+        app = fine(app.selectbox(key="page_size").set_value(size).run())
+        grid = cost.page_grid(sources.make_recorded_step(noise(), Place(1, 512, TOKENS), size), reading, 0)
+        read = grid.count("past, read") + grid.count("current region, read")
+        assert metrics(app)["Pages read"] == str(read)
+        assert metrics(app)["Pages skipped"] == str(grid.count("skipped"))
+
+
+def test_the_table_page_names_the_query_that_needs_an_entry_most(capture_file):
+    app = fine(start("tables", capture_file, alpha="0.97", sink="0", window="0", entry="3", head="2"))
+    reading = model.read(noise_step(), default_setting(alpha=0.97, sink_blocks=0, window_blocks=0))
+    needed, layer = app.dataframe[1].value, noise().layers[1]
+    assert {(h, i) for h, i in zip(needed["head"], needed["query block"], strict=True)} == {
+        (h, i) for h in (2, 3) for i in range(3) if reading.mask[h, i, 3]
+    }
+    for line in needed.to_dict("records"):
+        first = 512 + 64 * line["query block"]
+        shares = {}
+        for query in range(first, min(first + 64, TOKENS)):
+            scores = layer.k[: query + 1, line["head"] // 2].double() @ layer.q[query, line["head"]].double() / 8
+            shares[query] = float(scores.softmax(0)[192:256].sum())
+        assert line["neediest query"] == max(shares, key=shares.__getitem__)
+        assert line["its mass there"] == pytest.approx(max(shares.values()), abs=1e-5)
 
 
 def test_coverage_page_compares_at_both_budgets(capture_file):
@@ -223,6 +210,13 @@ def test_coverage_page_compares_at_both_budgets(capture_file):
     paper = recall.judge_quoka(observed, kv_ratio=0.25)
     assert metrics(app)["QUOKA: mean output error"] == f"{paper.judged.error.mean():.4f}"
     assert paper.judged.error.mean() != quoka.judged.error.mean()
+    app = fine(app.slider(key="threshold").set_value(0.3).run())
+    app = fine(app.segmented_control(key="order").set_value("worst first").run())
+    app = fine(app.segmented_control(key="worst").set_value("Worst of QUOKA").run())
+    worst = paper.judged.recall[:, 0].argsort(kind="stable")[:8] + 512
+    assert set(app.dataframe[0].value["query"]) <= set(range(512, TOKENS))
+    assert app.dataframe[0].value["QUOKA"].min() == pytest.approx(paper.judged.recall[:, 0].min())
+    assert app.dataframe[0].value["query"].iloc[0] in worst
     fine(app.multiselect(key="among").set_value([]).run())
 
 
@@ -243,8 +237,6 @@ def test_what_if_sweeps(capture_file):
 
 
 def test_what_if_estimates_a_time(capture_file):
-    from inspector import cost
-
     app = fine(start("what_if", capture_file))
     found = cost.work(noise_step(), model.read(noise_step(), default_setting()))
     milliseconds = cost.load_measured().ceilings.time_ms(found.table_flops, found.table_bytes)
@@ -278,8 +270,12 @@ def test_synthetic_workloads(capture_file):
     app.slider(key="correlation").set_value(0.5)
     app.number_input(key="seed").set_value(3)
     app.selectbox(key="workload").set_value("vertical-slash")
+    app.selectbox(key="kv").set_value(2)
+    app.selectbox(key="group").set_value(1)
+    app.select_slider(key="context").set_value(16384)
     app = fine(app.run())
-    assert "correlation 0.5" in context(app)
+    assert context(app).startswith("synthetic vertical-slash, 16,384 tokens, correlation 0.5")
+    assert metrics(visit(app, "data"))["Query heads / KV heads"] == "2 / 2"
     for page in PAGES:
         fine(visit(app, page))
     app = fine(app.segmented_control(key="data").set_value("Sample").run())
@@ -331,3 +327,52 @@ def test_what_nobody_foresaw_becomes_a_message_too(monkeypatch, caplog):
     assert "The inspector failed on this view (RuntimeError)" in app.error[0].value
     assert "secret details" not in app.error[0].value
     assert "secret details" in caplog.text
+
+
+def test_what_escapes_a_page_becomes_a_message(caplog):
+    def escape() -> None:
+        from inspector import serving
+
+        assert serving.failed(RuntimeError("secret details")), "Streamlit shall not show it"
+
+    app = AppTest.from_function(escape).run()
+    assert not app.exception
+    assert "The inspector failed on this view (RuntimeError)" in app.error[0].value
+    assert "secret details" not in app.error[0].value
+    assert "secret details" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "address"),
+    [
+        ({}, "http://127.0.0.1:8501/"),
+        ({"server.address": "0.0.0.0", "server.port": 80}, "http://localhost:80/"),
+        ({"server.sslCertFile": "a.pem", "server.baseUrlPath": "/look/"}, "https://127.0.0.1:8501/look"),
+    ],
+)
+def test_the_browser_is_sent_to_the_server(monkeypatch, options, address):
+    import streamlit
+
+    from inspector import serving
+
+    usual = {"server.address": "127.0.0.1", "server.port": 8501, "server.sslCertFile": None, "server.baseUrlPath": ""}
+    monkeypatch.setattr(streamlit, "get_option", (usual | options).__getitem__)
+    assert serving.address() == address
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_chart_can_be_saved_and_every_page_has_its_python(capture_file, page):
+    app = fine(start(page, capture_file))
+    saved = {
+        "data": ["prompt", "profile"],
+        "masks": ["mask-head-0", "all-heads"],
+        "union": ["union-row-0", "responsible", "sharing"],
+        "tables": ["row-0", "pages"],
+        "coverage": ["recall-head-0", "quoka-sampled", "recall-heads", "errors", "scatter"],
+        "what_if": ["frontier", "measured"],
+        "compare": ["difference", "compare-heads"],
+    }[page]
+    keys = [button.key for button in app.get("download_button")]
+    assert keys == [f"{name} {kind}" for name in saved for kind in ("PNG", "SVG", "CSV")]
+    [code] = [box.value for box in app.code if "from compactattn" in box.value]
+    compile(code, page, "exec")

@@ -344,6 +344,22 @@ def test_published_files_become_selectors(tmp_path: Path, file: str) -> None:
         assert torch.equal(its.inv_freq, frequencies)
 
 
+@pytest.mark.parametrize("file", ["attn_gate_weights.pth", "gates.safetensors"])
+def test_without_a_number_of_layers_the_file_says_which_it_has(tmp_path: Path, file: str) -> None:
+    some = published() | {name(11): published()[name(0)]}
+    del some[name(1)]
+    anyhow = MODEL | {"layers": None}
+    gates = load_seer_gates(write(tmp_path / file, some), inv_freq=torch.ones(32), **anyhow)
+    assert list(gates) == [0, 2, 11]
+    assert torch.equal(gates[11].weights, published()[name(0)])
+    write(tmp_path / file, some | {name(2).replace(".2.", ".02."): some[name(2)].clone()})
+    with pytest.raises(ValueError, match=r"expected only the gate weights of 3 layers, got .*layers.02.self_attn"):
+        load_seer_gates(tmp_path / file, inv_freq=torch.ones(32), **anyhow)
+    write(tmp_path / file, {})
+    with pytest.raises(ValueError, match="expected gate weights of at least one layer, got none"):
+        load_seer_gates(tmp_path / file, inv_freq=torch.ones(32), **anyhow)
+
+
 BAD_FILES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "missing layer": (lambda t: {n: x for n, x in t.items() if ".1." not in n}, f"expected a tensor {name(1)}"),
     "other shape": (

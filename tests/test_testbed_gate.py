@@ -144,5 +144,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     train_gate.main([*arguments, *settings, "--out", str(tmp_path / "gates")])
     assert '"steps": 2' in capsys.readouterr().out
     assert (tmp_path / "gates" / "seer_gate.safetensors").exists()
+    train_gate.main([*arguments, *settings, "--layers", "1", "--out", str(tmp_path / "one")])
+    record = json.loads((tmp_path / "one" / "seer_gate.json").read_text())
+    assert record["settings"]["layers"] == [1]
+    inv_freq = tiny_model().model.rotary_emb.inv_freq
+    shape = {"heads": 4, "head_dim": 64, "inv_freq": inv_freq}
+    [(layer, gate)] = load_seer_gates(tmp_path / "one" / "seer_gate.safetensors", layers=None, **shape).items()
+    assert layer == 1
+    assert not torch.equal(gate.weights, Gates(tiny_model(), 64, (1,)).weights[0].bfloat16()), "it was trained"
+    assert list(load_seer_gates(tmp_path / "gates" / "seer_gate.safetensors", layers=None, **shape)) == [0, 1]
+    with pytest.raises(SystemExit, match="--layers: expected auto, or numbers from 0 to 1"):
+        train_gate.main([*arguments, "--layers", "7", "--out", str(tmp_path / "gates")])
     with pytest.raises(SystemExit, match="train_gate: --block: expected 64 or 128, got 7"):
         train_gate.main([*arguments, "--block", "7", "--out", str(tmp_path / "gates")])

@@ -3,7 +3,7 @@
     python -m benchmarks.testbed.train_gate --corpus stdlib.zip --minutes 4 --out benchmarks/testbed/weights
 
 writes `seer_gate.safetensors`, which `compactattn.load_seer_gates` reads (the tensors of a published checkpoint, in
-bfloat16), and `seer_gate.json`, the record of the run.
+bfloat16), and `seer_gate.json`, the record of the run. `--layers 2,4` leaves the other layers out, as a capture does.
 
 What a gate learns (SeerAttention, arXiv 2410.13276): attention maps are max-pooled over (query block, KV block) tiles
 and normalised to sum to one over the visible KV blocks; the gate's softmax over blocks is fitted to that by its
@@ -30,7 +30,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model, write_atomically
-from benchmarks.testbed.record import attention_inputs
+from benchmarks.testbed.record import attention_inputs, parse_layers
 from benchmarks.testbed.tasks import TASKS, Side, TaskSource
 from benchmarks.testbed.train import usable_device
 from compactattn.seer_gate import rotate, unrotate
@@ -53,6 +53,7 @@ class Settings:
         task_share: share of the windows that are tasks.
         seed: of the windows.
         log_every: steps between two points of the loss curve.
+        layers: the layers that get a gate, ascending; None is all of them.
     """
 
     minutes: float = 4.0
@@ -63,6 +64,7 @@ class Settings:
     task_share: float = 0.5
     seed: int = 0
     log_every: int = 50
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("minutes", "max_steps", "learning_rate", "log_every"):
@@ -78,18 +80,20 @@ class Settings:
 
 
 class Gates(torch.nn.Module):
-    """The gates of all layers.
+    """The gates of some layers.
 
     Attributes:
-        weights: float32 [layers, Hq, 3 * D, D]. They begin as "mean key against mean query": zeros, and the identity
-            where the mean enters.
+        layers: their numbers, ascending.
+        weights: float32 [len(layers), Hq, 3 * D, D]. They begin as "mean key against mean query": zeros, and the
+            identity where the mean enters.
     """
 
-    def __init__(self, model: LlamaForCausalLM, block: int) -> None:
+    def __init__(self, model: LlamaForCausalLM, block: int, layers: tuple[int, ...] | None = None) -> None:
         super().__init__()
         config, rope = model.config, model.model.rotary_emb
         dim = int(config.head_dim)
-        weights = torch.zeros((config.num_hidden_layers, config.num_attention_heads, 3 * dim, dim))
+        self.layers = tuple(range(config.num_hidden_layers)) if layers is None else layers
+        weights = torch.zeros((len(self.layers), config.num_attention_heads, 3 * dim, dim))
         weights[..., 2 * dim :, :] = torch.eye(dim)
         self.weights = torch.nn.Parameter(weights.to(model.device))
         self.inv_freq, self.rope_scale = rope.inv_freq.detach().float(), float(rope.attention_scaling)
@@ -106,7 +110,7 @@ class Gates(torch.nn.Module):
         queries = unrotate(q.transpose(0, 1), position, *rope).unflatten(1, (-1, self.block)).mean(2)
         keys = unrotate(k.transpose(0, 1), position, *rope).unflatten(1, (-1, self.block))
         pooled = torch.cat((keys.amax(2), keys.amin(2), keys.mean(2)), dim=-1)  # [Hkv, Kb, 3 D]
-        pooled = pooled.repeat_interleave(heads // len(pooled), 0) @ self.weights[layer]
+        pooled = pooled.repeat_interleave(heads // len(pooled), 0) @ self.weights[self.layers.index(layer)]
         first = position[:: self.block]
         logits = rotate(queries, first, *rope) @ rotate(pooled, first, *rope).transpose(1, 2) * dim**-0.5
         return logits.masked_fill(_unseen(logits), -math.inf).log_softmax(-1)
@@ -152,7 +156,7 @@ class Run:
 
     def __init__(self, model: LlamaForCausalLM, corpus: corpora.Corpus, settings: Settings, out: Path) -> None:
         self.model, self.settings, self.out = model.requires_grad_(False).eval(), settings, out
-        self.gates = Gates(model, settings.block)
+        self.gates = Gates(model, settings.block, settings.layers)
         self.optimizer = torch.optim.Adam(self.gates.parameters(), lr=settings.learning_rate)
         self.source = TaskSource(corpus, settings.seed)
         self.curve: list[dict[str, float]] = []
@@ -174,8 +178,10 @@ class Run:
         return torch.from_numpy(tokens).to(self.model.device)
 
     def maps(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(the model's map, the gate's log-probabilities) of each layer over one window."""
-        for layer, inputs in sorted(attention_inputs(self.model, tokens).items()):
+        """(the model's map, the gate's log-probabilities) of each gate's layer over one window."""
+        recorded = attention_inputs(self.model, tokens)
+        for layer in self.gates.layers:
+            inputs = recorded[layer]
             target = attention_map(inputs.q, inputs.k, inputs.scale, self.settings.block)
             yield target, self.gates.log_probabilities(layer, inputs.q, inputs.k)
 
@@ -219,7 +225,7 @@ class Run:
         layers = self.gates.weights.detach().to("cpu", torch.bfloat16)
         tensors = {
             f"model.layers.{i}.self_attn.attn_gate.mask_linear_k.weight": weights.contiguous().clone()
-            for i, weights in enumerate(layers)
+            for i, weights in zip(self.gates.layers, layers, strict=True)
         }
         record = {
             "settings": asdict(self.settings),
@@ -244,12 +250,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (default: %(default)s)")
     for setting in fields(Settings):
-        kind = {"max_steps": int}.get(setting.name, type(setting.default))
+        kind = {"max_steps": int, "layers": str}.get(setting.name, type(setting.default))
         parser.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, default=setting.default)
     options = parser.parse_args(arguments)
     try:
-        settings = Settings(**{setting.name: getattr(options, setting.name) for setting in fields(Settings)})
         model = load_model(options.weights, usable_device(options.device))
+        chosen = parse_layers(options.layers or "auto", model.config.num_hidden_layers)
+        options.layers = None if chosen is None else tuple(chosen)
+        settings = Settings(**{setting.name: getattr(options, setting.name) for setting in fields(Settings)})
         run = Run(model, corpora.load(options.corpus), settings, options.out)
         before = run.evaluate()
         run.train()

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import streamlit as st
 
-from inspector import cached, charts, frames, model, page, quality_charts
+from inspector import cached, charts, frames, model, page
+from inspector.page import Card
 from inspector.recall import excerpt
 from inspector.sidebar import View
 
 
 def show(view: View) -> None:
     about, place, selector = view.about, view.place, view.setting.selector
-    facts = st.columns(5)
-    for column, (label, value) in zip(
-        facts,
-        (
-            ("Prompt, tokens", f"{about.tokens:,}"),
-            ("Past of this chunk", f"{place.start:,}"),
-            ("Query heads / KV heads", f"{about.heads} / {about.kv_heads}"),
-            ("Head dimension", str(about.head_dim)),
-            ("Recorded layers", ", ".join(map(str, about.layers))),
-        ),
-        strict=True,
-    ):
-        column.metric(label, value, border=True, height="stretch")
+    page.cards(
+        Card("Prompt, tokens", f"{about.tokens:,}"),
+        Card("Past of this chunk", f"{place.start:,}"),
+        Card("Query heads / KV heads", f"{about.heads} / {about.kv_heads}"),
+        Card("Head dimension", str(about.head_dim)),
+        Card("Recorded layers", page.few(about.layers)),
+    )
     st.caption(f"{page.plain(about.model)} · {page.plain(about.source)} · {about.dtype}")
-    page.chart(quality_charts.prompt_chart(about.tokens, place.stop - place.start, place.start, dark=view.dark))
+    parts = about.tokens, place.stop - place.start, place.start
+    prompt = frames.prompt_frame(*parts)
+    strip = charts.prompt_chart(prompt, dark=view.dark)
+    page.picture("prompt", strip, page.drawn("figures.prompt_figure", *parts), prompt)
 
     st.subheader("Where do the heads look?")
     mass = cached.mass(*view.at, selector.block_size, selector.query_block)
@@ -38,22 +36,18 @@ def show(view: View) -> None:
         f"{mass.share.shape[2]:,} blocks of {selector.block_size} tokens hold 90 % of a query block's mass."
     )
     frame = frames.profile_frame(profiles)
-    page.chart(charts.profile_chart(frame, dark=view.dark))
-    note_sampling(mass.every)
-
-    figure = page.drawn("profile_figure", profiles)
-    page.downloads("profile", figure, lambda: frame)
+    chart = charts.profile_chart(frame, dark=view.dark)
+    page.picture("profile", chart, page.drawn("figures.profile_figure", profiles), frame)
+    if mass.every > 1:
+        st.caption(
+            f"Exact softmax of every {mass.every}th query of each block; at this length all of them take too long."
+        )
     if about.text is not None:
         with st.expander("The chunk's text", icon=":material/article:"):
             text = about.text[place.start : place.stop].decode("utf-8", "replace")
             st.code(text, language=None, height=260)
             st.caption(f"The first query in its surroundings: {page.plain(excerpt(about.text, place.start))}")
-    page.python(view)
-
-
-def note_sampling(every: int) -> None:
-    if every > 1:
-        st.caption(f"Exact softmax of every {every}th query of each block; at this length all of them take too long.")
+    page.python(view, "mass")
 
 
 page.render(show)

@@ -6,7 +6,9 @@ import streamlit as st
 
 from inspector import cached, charts, frames, page
 from inspector.model import Mass, Reading
-from inspector.sidebar import BOUND, View
+from inspector.page import Card
+from inspector.sidebar import View
+from inspector.widgets import BOUND, either
 
 
 def show(view: View) -> None:
@@ -15,25 +17,12 @@ def show(view: View) -> None:
     mass = cached.mass(*view.at, selector.block_size, selector.query_block)
     shares = mass.share[head]
     past = reading.past_blocks
-    cards = st.columns(4)
-    cards[0].metric(
-        "Mask density, past",
-        f"{reading.mask[head, :, :past].mean():.1%}" if past else "no past",
-        border=True,
-        height="stretch",
-    )
-    cards[1].metric(
-        "Table density, past", f"{reading.density()[head]:.1%}" if past else "no past", border=True, height="stretch"
-    )
     on_mask = (shares * (reading.mask[head] | ~reading.past)).sum(-1).mean()
-    cards[2].metric(
-        "Mass on the mask", f"{on_mask:.1%}", border=True, height="stretch", help="The current region is always read."
-    )
-    cards[3].metric(
-        "Mass on the table's rows",
-        f"{(shares * reading.listed(head)).sum(-1).mean():.1%}",
-        border=True,
-        height="stretch",
+    page.cards(
+        Card("Mask density, past", f"{reading.mask[head, :, :past].mean():.1%}" if past else "no past"),
+        Card("Table density, past", f"{reading.density()[head]:.1%}" if past else "no past"),
+        Card("Mass on the mask", f"{on_mask:.1%}", help="The current region is always read."),
+        Card("Mass on the table's rows", f"{(shares * reading.listed(head)).sum(-1).mean():.1%}"),
     )
 
     st.subheader(f"Head {head}")
@@ -41,9 +30,9 @@ def show(view: View) -> None:
     frame = frames.mask_frame(reading, mass, head, blocks=(begin, end))
     where = begin, end, past, selector.block_size
     st.markdown("**Where the exact attention lies**")
-    page.chart(charts.mass_chart(frame, *where, dark=view.dark))
+    st.altair_chart(charts.mass_chart(frame, *where, dark=view.dark), width="stretch")
     st.markdown("**What is selected, and why**")
-    page.chart(charts.kinds_chart(frame, *where, dark=view.dark))
+    st.altair_chart(charts.kinds_chart(frame, *where, dark=view.dark), width="stretch")
     width = frames.bin_width(reading.query_blocks, end - begin)
     notes = ["The dashed line is where the current region begins: from there on every visible block is read."]
     if width > 1:
@@ -52,10 +41,10 @@ def show(view: View) -> None:
         notes.append(f"Mass from every {mass.every}th query of a block.")
     st.caption(" ".join(notes))
 
-    figure = page.drawn("mask_figure", reading, mass, head)
-    page.downloads(f"mask-head-{head}", figure, lambda: frames.mask_frame(reading, mass, head, cells=None))
+    figure = page.drawn("figures.mask_figure", reading, mass, head)
+    page.picture(f"mask-head-{head}", None, figure, lambda: frames.mask_frame(reading, mass, head, cells=None))
     _show_all(view, reading, mass)
-    page.python(view)
+    page.python(view, "mass", "mask", head=head)
 
 
 def _ask_blocks(blocks: int) -> tuple[int, int]:
@@ -78,37 +67,30 @@ def _pick() -> None:
 
 def _show_all(view: View, reading: Reading, mass: Mass) -> None:
     st.subheader("All heads of the layer")
-    st.markdown("Each strip is one head, its lines are the query blocks. Click a strip to enlarge its head above.")
-    by_mass = (
-        st.segmented_control(
-            "Colour by",
-            ["mask", "mass"],
-            default="mask",
-            key="colour",
-            required=True,
-            label_visibility="collapsed",
-            **BOUND,
-        )
-        == "mass"
+    st.markdown(
+        "Each strip is one head, its lines are the query blocks; heads of one KV group stand below each other. "
+        "Click a strip to enlarge its head above."
     )
-    grid = frames.heads_frame(reading, mass, by_mass=by_mass)
-    page.chart(
-        charts.heads_chart(grid, view.head, reading.blocks, by_mass=by_mass, dark=view.dark),
-        key="heads",
-        on_select=_pick,
-        selection_mode="pick",
+    colours = ["mask", "mass"]
+    by_mass = either("Colour by", "colour", colours, "mask", label_visibility="collapsed") == "mass"
+    size = reading.blocks, reading.setting.selector.block_size, reading.stop
+    grid = charts.heads_chart(
+        frames.heads_frame(reading, mass, by_mass=by_mass),
+        view.head,
+        size,
+        group=reading.group,
+        by_mass=by_mass,
+        dark=view.dark,
     )
+    st.altair_chart(grid, width="stretch", key="heads", on_select=_pick, selection_mode="pick")
     summary = frames.heads_summary(reading, mass)
-    percent = st.column_config.NumberColumn(format="percent")
     st.dataframe(
         summary,
         hide_index=True,
-        column_config=dict.fromkeys(summary.columns[2:], percent),
+        column_config=dict.fromkeys(summary.columns[2:], page.PERCENT),
         height=min(360, 38 + 35 * len(summary)),
     )
-
-    figure = page.drawn("heads_figure", reading)
-    page.downloads("all-heads", figure, lambda: summary)
+    page.picture("all-heads", None, page.drawn("figures.heads_figure", reading, mass, by_mass), summary)
 
 
 page.render(show)
