@@ -77,10 +77,10 @@ def test_a_long_chunk_is_kept_apart_from_many_decode_rows() -> None:
 class Layer:
     """One layer's cache and means, as an engine would keep them: K before V in each head, any strides."""
 
-    def __init__(self, plan: LayerPlan, pages: int, page_size: int, layout: str) -> None:
+    def __init__(self, plan: LayerPlan, pages: int, page_size: int, layout: str, device: str = "cpu") -> None:
         shape = (pages, KV_HEADS, page_size, 2 * DIM)
         order = (0, 1, 2, 3) if layout == "HND" else (0, 2, 1, 3)
-        physical = torch.full([shape[i] for i in order], float("nan"))
+        physical = torch.full([shape[i] for i in order], float("nan"), device=device)
         cache = physical.permute(*[order.index(i) for i in range(4)])
         self.k, self.v = cache.transpose(1, 2).split(DIM, dim=-1)
         self.plan, self.summary = plan, plan.new_summary(self.k)
@@ -111,7 +111,7 @@ def planned(planner: StepPlanner, batch: Batch, slack: int = 0) -> Step:
 
 
 def new_planner(
-    settings: EngineSettings, page_size: int, dense_queries: int = 1, max_requests: int = 12
+    settings: EngineSettings, page_size: int, dense_queries: int = 1, max_requests: int = 12, device: str = "cpu"
 ) -> StepPlanner:
     return StepPlanner(
         settings,
@@ -120,7 +120,7 @@ def new_planner(
         page_size=page_size,
         dense_queries=dense_queries,
         heads=[HEADS],
-        device="cpu",
+        device=device,
     )
 
 
@@ -250,8 +250,9 @@ def test_pages_filled_and_shared_in_one_step_have_their_means(prompts: list[int]
     assert_tables_of_its_own(exact, settings.of_layer(0), settings, out)
 
 
-def test_a_captured_decode_step_sees_later_lengths() -> None:
-    """What a replayed CUDA graph does: the tensors of one step's plan, after another step was planned."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_captured_decode_step_sees_later_lengths(device: str) -> None:
+    """A CUDA graph of a decode step, replayed after another step was planned; on the CPU the captured plan is run."""
     settings, page_size = TRACES["flashprefill"], 32
     scheduler = new_scheduler(3, page_size, 0)
     while True:
@@ -261,36 +262,48 @@ def test_a_captured_decode_step_sees_later_lengths() -> None:
         scheduler.commit(batch)
     exact = make_step(batch, kv_heads=KV_HEADS, heads=HEADS, dim=DIM, page_size=page_size, block_size=64)
     requests = len(batch.q_lens) + 2
-    starts = torch.arange(requests + 1, dtype=torch.int32)
-    seq_lens = torch.full((requests,), LONGEST, dtype=torch.int32)
-    page_table = torch.zeros(requests, batch.page_table.shape[1], dtype=torch.int32)
-    planner = new_planner(settings, page_size, max_requests=requests)
+    starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
+    seq_lens = torch.full((requests,), LONGEST, dtype=torch.int32, device=device)
+    page_table = torch.zeros(requests, batch.page_table.shape[1], dtype=torch.int32, device=device)
+    planner = new_planner(settings, page_size, max_requests=requests, device=device)
+    layer_plan = LayerPlan(settings.of_layer(0), settings, DIM**-0.5)
+    layer = Layer(layer_plan, POOL // page_size, page_size, "NHD", device)
+    assert layer.summary is not None
+    q = torch.zeros(requests, HEADS, DIM, device=device)
+    out = torch.full_like(q, float("nan"))
 
-    def plan() -> Step:
+    def plan(host_starts: list[int]) -> Step:
         return planner.plan(
             query_starts=starts,
             seq_lens=seq_lens,
             page_table=page_table,
-            host_starts=starts.tolist(),
+            host_starts=host_starts,
             host_seq_lens=None,
             max_seq_len=LONGEST,
         )
 
-    captured = plan()
+    captured = plan(list(range(requests + 1)))
+    graph = None
+    if device == "cuda":
+        layer.plan.run(q, layer.k, layer.v, captured, layer.summary, out)  # compiles the kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layer.plan.run(q, layer.k, layer.v, captured, layer.summary, out)
     starts[len(batch.q_lens) :] = len(batch.q_lens)  # two requests of padding
     seq_lens[:] = torch.tensor([*batch.seq_lens, 0, 0], dtype=torch.int32)
-    page_table[:-2] = batch.page_table
-    plan()
-    layer = Layer(LayerPlan(settings.of_layer(0), settings, DIM**-0.5), POOL // page_size, page_size, "NHD")
+    page_table[:-2] = batch.page_table.to(device)
+    plan(starts.tolist())
     for b, (k, v) in enumerate(zip(exact.keys, exact.values, strict=True)):
         place = torch.arange(len(k))
-        write_slots(k, v, layer.k, layer.v, batch.page_table[b, place // page_size] * page_size + place % page_size)
-    assert layer.summary is not None
+        slots = batch.page_table[b, place // page_size] * page_size + place % page_size
+        write_slots(k.to(device), v.to(device), layer.k, layer.v, slots.to(device))
     layer.summary.k_mean.fill_(float("nan"))
-    q = torch.cat([exact.q, torch.full((2, HEADS, DIM), float("nan"))])
-    out = torch.full_like(q, float("nan"))
-    layer.plan.run(q, layer.k, layer.v, captured, layer.summary, out)
-    assert_tables_of_its_own(exact, settings.dense, settings, out[: len(exact.q)])
+    q[:-2], q[-2:] = exact.q.to(device), float("nan")
+    if graph is None:
+        layer.plan.run(q, layer.k, layer.v, captured, layer.summary, out)
+    else:
+        graph.replay()
+    assert_tables_of_its_own(exact, settings.dense, settings, out[: len(exact.q)].cpu())
     made = {int(page) for page in (~layer.summary.k_mean.isnan()).flatten(1).all(1).nonzero()[:, 0]}
     filled = {b: n // page_size - 1 for b, n in enumerate(batch.seq_lens) if n % page_size == 0}
     assert made == {int(batch.page_table[b, n]) for b, n in filled.items()}, "means of the pages that the step fills"
