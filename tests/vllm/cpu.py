@@ -33,6 +33,27 @@ def _slots(query_start_loc: Tensor, positions: Tensor, block_table: Tensor, slot
         slots[start:stop] = block_table[request, position // block_size].long() * block_size + position % block_size
 
 
+def _slots_of_0_32(
+    num_tokens: int,
+    max_num_tokens: int,
+    query_start_loc: Tensor,
+    positions: Tensor,
+    block_table: Tensor,
+    block_table_stride: int,
+    slot_mapping: Tensor,
+    KV_CACHE_BLOCK_SIZE: int,
+    TOTAL_CP_WORLD_SIZE: int = 1,
+    TOTAL_CP_RANK: int = 0,
+    CP_KV_CACHE_INTERLEAVE_SIZE: int = 1,
+    PAD_ID: int = -1,
+    BLOCK_SIZE: int = 1024,
+) -> None:
+    """vLLM 0.32.0's own for the CPU still has the arguments of 0.31, which nobody passes any more."""
+    torch.ops._C.compute_slot_mapping_kernel_impl(
+        query_start_loc, positions, block_table, slot_mapping, KV_CACHE_BLOCK_SIZE
+    )
+
+
 def use_cpu() -> None:
     """Give this process's vLLM what it needs on the CPU; skips the module where its platform is another."""
     _define("init_cpu_memory_env(int[] nodes) -> ()", lambda nodes: None)
@@ -42,6 +63,12 @@ def use_cpu() -> None:
         _slots,
     )
     _define("greedy_argmax(Tensor logits) -> Tensor", lambda logits: logits.argmax(-1))
+    import vllm
+
+    if vllm.__version__.startswith("0.32."):
+        from vllm.utils import cpu_triton_utils
+
+        cpu_triton_utils._compute_slot_mapping_kernel_impl = _slots_of_0_32
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
