@@ -40,7 +40,7 @@ from compactattn.integrations.engine_steps import LayerPlan, Step, StepPlanner, 
 from compactattn.validation import HEAD_DIMS, fail
 
 try:
-    from vllm.config import VllmConfig, get_current_vllm_config
+    from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
     from vllm.logger import init_logger
     from vllm.v1.attention.backend import (
         AttentionBackend,
@@ -117,7 +117,8 @@ class CompactAttentionBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return PREFERRED_BLOCK
+        config = get_current_vllm_config_or_none()
+        return PREFERRED_BLOCK if config is None else min(PREFERRED_BLOCK, settings_of(config).dense.block_size)
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

@@ -4,8 +4,8 @@
     python -m tests.vllm.speak --model DIR --backend COMPACTATTN --options '{"selector": "dense"}' --lengths 8192,131072
 
 Two runs with the same prompts should agree where the attention is exact. The prompts are random tokens from a fixed
-seed. `--load-format dummy` needs a directory with a config.json alone. Everything but the attention runs vLLM's forms in
-PyTorch, under either backend, so that the Python files of a wheel, without its native code, will do.
+seed. `--load-format dummy` needs a directory with a config.json alone. All but the attention runs in vLLM's plain PyTorch,
+under either backend, so that the Python files of a wheel, without its native code, will do.
 """
 
 from __future__ import annotations

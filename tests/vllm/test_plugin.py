@@ -16,6 +16,7 @@ from tests.vllm.layers import DIM, HEADS, WEIGHTS, make_builder, make_config, ma
 
 import torch
 import vllm.plugins
+from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -126,6 +127,9 @@ def test_configurations_that_cannot_run_are_refused_with_a_reason(changes: dict[
 
 def test_pages_are_one_kv_block_unless_the_user_says_otherwise() -> None:
     assert CompactAttentionBackend.get_preferred_block_size(16) == 128
+    for block_size, preferred in ((64, 64), (128, 128), (256, 128)):
+        with set_current_vllm_config(make_config({"block_size": block_size})):
+            assert CompactAttentionBackend.get_preferred_block_size(16) == preferred
     assert CompactAttentionBackend.get_supported_kernel_block_sizes() == [16, 32, 64, 128]
 
 
