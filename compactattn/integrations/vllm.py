@@ -59,7 +59,7 @@ NAME = "COMPACTATTN"
 KEY = "compactattn"  # of the object in --additional-config
 PREFERRED_BLOCK = 128  # tokens: a page of one KV block, whose summary takes under 1 % of the cache
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.compactattn")  # vLLM prints what its own loggers say
 
 
 def register() -> None:

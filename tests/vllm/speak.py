@@ -4,7 +4,7 @@
     python -m tests.vllm.speak --model DIR --backend COMPACTATTN --options '{"selector": "dense"}' --lengths 8192,131072
 
 Two runs with the same prompts should agree where the attention is exact. The prompts are random tokens from a fixed
-seed. `--load-format dummy` needs a directory with a config.json alone. All but the attention runs in vLLM's plain PyTorch,
+seed. `--load-format dummy` needs a directory with a config.json alone. All but the attention runs in plain PyTorch,
 under either backend, so that the Python files of a wheel, without its native code, will do.
 """
 
