@@ -14,9 +14,10 @@ from torch import Tensor
 
 from compactattn.attention import run_attention
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import Backend, has_triton, resolve_backend
+from compactattn.dispatch import Backend, check_cache_dtype, has_triton, resolve_backend
+from compactattn.features import PLAIN, Features, check_correctable, check_features
 from compactattn.selection import select
-from compactattn.selectors import FlashPrefill, SeerGate, Selector, check_selector
+from compactattn.selectors import FlashPrefill, Oracle, SeerGate, Selector, check_selector
 from compactattn.summary import refresh
 from compactattn.table import build_table
 from compactattn.union import unite
@@ -28,6 +29,7 @@ from compactattn.validation import (
     check_queries,
     check_span,
     check_summary,
+    check_tensor,
     fail,
     resolve_scale,
 )
@@ -44,6 +46,9 @@ def prefill(
     scale: float | None = None,
     summary: KVSummary | None = None,
     correction: bool | KVSummary = False,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -66,7 +71,9 @@ def prefill(
         summary: key means kept beside the cache; brought up to date for this chunk first.
         correction: let the past blocks that a row leaves out speak through their means, see `attend`. True needs a
             summary with values; the summary itself means the same.
-        return_lse: also return the log-sum-exp, natural log, float32 [T, Hq].
+        softcap, window, sinks: features of the model's attention, see `attend`. The selection judges plain scores of
+            every visible block, whatever they are; `Oracle`, whose word is the exact mass, is refused beside them.
+        return_lse: also return the log-sum-exp, natural log, float32 [T, Hq]; see `attend` for sinks.
         out: where to write the result, [T, Hq, D].
         backend: None (by device), "triton" or "numba".
 
@@ -78,6 +85,9 @@ def prefill(
     """
     grouping = (heads_per_group, query_blocks_per_span)
     arguments = (q, kv, batch, selector, *grouping, scale, summary, correction, return_lse, out, backend)
+    if softcap is not None or window is not None or sinks is not None:
+        check_tensor("q", q, ndim=3)
+        return _prefill(*arguments, check_features(softcap, window, sinks, q))
     if isinstance(q, Tensor) and q.is_cuda and has_triton():
         from compactattn._triton import replay
 
@@ -98,22 +108,34 @@ def _prefill(
     return_lse: bool,
     out: Tensor | None,
     backend: str | None,
+    features: Features = PLAIN,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_out(out, q)
-    if isinstance(correction, KVSummary):
-        if summary is not None and summary is not correction:
-            raise fail("correction", "True, or the very summary that summary is", "another summary")
-        summary, correction = correction, True
-    if not isinstance(correction, bool):
-        raise fail("correction", "True, False or a KVSummary", repr(correction))
+    summary, correction = _corrected_by(summary, correction)
     if correction:
         if summary is None:
             raise fail("summary", "a summary with values, for correction=True", "None")
         check_selector(selector)
         check_summary(summary, kv, selector.block_size, values=True)
+        check_correctable(features)
+    if features is not PLAIN and isinstance(selector, Oracle):
+        judges = "FlashPrefill, XAttention, SeerGate or Dense beside softcap, window or sinks (the mass knows none)"
+        raise fail("selector", judges, repr(selector))
     chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
     table = _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
-    return run_attention(q, kv, batch, table, scale, summary if correction else None, return_lse, out, chosen)
+    means = summary if correction else None
+    return run_attention(q, kv, batch, table, scale, means, return_lse, out, chosen, features)
+
+
+def _corrected_by(summary: KVSummary | None, correction: bool | KVSummary) -> tuple[KVSummary | None, bool]:
+    """(the summary of a step, whether it corrects as well): a correction may be given as the summary itself."""
+    if isinstance(correction, KVSummary):
+        if summary is not None and summary is not correction:
+            raise fail("correction", "True, or the very summary that summary is", "another summary")
+        return correction, True
+    if not isinstance(correction, bool):
+        raise fail("correction", "True, False or a KVSummary", repr(correction))
+    return summary, correction
 
 
 def select_table(
@@ -154,7 +176,9 @@ def _check_step(
     check_span(query_blocks_per_span)
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
-    return resolve_backend(backend, q.device, q.dtype), resolve_scale(scale, q.shape[-1])
+    chosen = resolve_backend(backend, q.device, q.dtype)
+    check_cache_dtype(kv, chosen)
+    return chosen, resolve_scale(scale, q.shape[-1])
 
 
 def _table(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compactattn.data import KVSummary, PagedKV, PrefillBatch, SelectionMask
-from compactattn.dispatch import Backend, resolve_backend
+from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
 from compactattn.selectors import Dense, FlashPrefill, SeerGate, Selector, XAttention, check_selector
 from compactattn.validation import check_blocks, check_queries, check_summary, resolve_scale
 
@@ -50,6 +50,7 @@ def select(
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
     chosen = resolve_backend(backend, q.device, q.dtype)
+    check_cache_dtype(kv, chosen)
     scale = resolve_scale(scale, q.shape[-1])
     q_blocks, kv_blocks = batch.query_blocks(selector.query_block), batch.kv_blocks(selector.block_size)
     if q_blocks == 0:

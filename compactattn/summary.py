@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compactattn.data import GateKeys, KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import Backend, resolve_backend
+from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
 from compactattn.selectors import SeerGate
 from compactattn.validation import (
     check_blocks,
@@ -64,6 +64,7 @@ def summarize(
     check_cache(kv, batch, kv.k.device)
     check_blocks(kv, block_size)
     chosen = resolve_backend(backend, kv.k.device)
+    check_cache_dtype(kv, chosen)
     if isinstance(since, Tensor):
         check_tensor("since", since, ndim=1, dtype=torch.int32)
         check_shape("since", since, (batch.size,), "one per request")

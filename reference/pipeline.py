@@ -25,9 +25,14 @@ def prefill(
     scale: float | None = None,
     summary: KVSummary | None = None,
     correction: bool | KVSummary = False,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """attend(q, kv, batch, build_table(unite(select(q, ...)))); a given summary is brought up to date first.
+
+    The selection judges plain scores of every visible block: softcap, window and sinks belong to attention alone.
 
     correction=True corrects with the summary; the summary itself means the same.
     """
@@ -38,4 +43,16 @@ def prefill(
     selection = select(q, kv, batch, selector, scale=scale, summary=summary)
     groups = unite(selection, batch, heads_per_group=heads_per_group, query_blocks_per_span=query_blocks_per_span)
     means = summary if correction else None
-    return attend(q, kv, batch, build_table(groups), scale=scale, correction=means, return_lse=return_lse)
+    table = build_table(groups)
+    return attend(
+        q,
+        kv,
+        batch,
+        table,
+        scale=scale,
+        correction=means,
+        softcap=softcap,
+        window=window,
+        sinks=sinks,
+        return_lse=return_lse,
+    )
