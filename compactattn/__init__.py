@@ -4,6 +4,7 @@ from compactattn.attention import attend
 from compactattn.check import check
 from compactattn.data import BlockTable, GateKeys, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
 from compactattn.grouping import Grouping, grouping_of
+from compactattn.merge import merge_attn_states
 from compactattn.pipeline import prefill, select_table
 from compactattn.seer_gate import load_seer_gates
 from compactattn.selection import select
@@ -35,6 +36,7 @@ __all__ = [
     "check",
     "grouping_of",
     "load_seer_gates",
+    "merge_attn_states",
     "prefill",
     "select",
     "select_table",

@@ -5,6 +5,7 @@ including float64. It uses the fields of the library's records and nothing else,
 """
 
 from reference.attention import attend
+from reference.merge import merge_attn_states
 from reference.pipeline import prefill
 from reference.quality import (
     QuokaSelection,
@@ -26,6 +27,7 @@ __all__ = [
     "build_table",
     "coverage",
     "density_cascade",
+    "merge_attn_states",
     "output_error",
     "past_tokens",
     "prefill",
