@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compactattn.attention import run_attention
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
+from compactattn.density import check_counter, run_count
 from compactattn.dispatch import Backend, check_cache_dtype, has_triton, resolve_backend
 from compactattn.features import PLAIN, Features, check_correctable, check_features
 from compactattn.selection import select
@@ -49,6 +50,7 @@ def prefill(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    density: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -73,6 +75,9 @@ def prefill(
             summary with values; the summary itself means the same.
         softcap, window, sinks: features of the model's attention, see `attend`. The selection judges plain scores of
             every visible block, whatever they are; `Oracle`, whose word is the exact mass, is refused beside them.
+        density: int64 [2], a layer's counters (`DensityCounters.of_layer`), to which the step adds what it reads. On a
+            GPU, steps with counters or features and steps over FP8 caches are launched kernel by kernel each time;
+            the launches of others are remembered and repeated, which costs the host less.
         return_lse: also return the log-sum-exp, natural log, float32 [T, Hq]; see `attend` for sinks.
         out: where to write the result, [T, Hq, D].
         backend: None (by device), "triton" or "numba".
@@ -85,9 +90,9 @@ def prefill(
     """
     grouping = (heads_per_group, query_blocks_per_span)
     arguments = (q, kv, batch, selector, *grouping, scale, summary, correction, return_lse, out, backend)
-    if softcap is not None or window is not None or sinks is not None:
+    if softcap is not None or window is not None or sinks is not None or density is not None:
         check_tensor("q", q, ndim=3)
-        return _prefill(*arguments, check_features(softcap, window, sinks, q))
+        return _prefill(*arguments, check_features(softcap, window, sinks, q), density)
     if isinstance(q, Tensor) and q.is_cuda and has_triton():
         from compactattn._triton import replay
 
@@ -109,6 +114,7 @@ def _prefill(
     out: Tensor | None,
     backend: str | None,
     features: Features = PLAIN,
+    density: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_out(out, q)
     summary, correction = _corrected_by(summary, correction)
@@ -121,8 +127,12 @@ def _prefill(
     if features is not PLAIN and isinstance(selector, Oracle):
         judges = "FlashPrefill, XAttention, SeerGate or Dense beside softcap, window or sinks (the mass knows none)"
         raise fail("selector", judges, repr(selector))
+    if density is not None:
+        check_counter("density", density, q.device)
     chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
     table = _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
+    if density is not None:
+        run_count(table, batch, density, features.window, chosen)
     means = summary if correction else None
     return run_attention(q, kv, batch, table, scale, means, return_lse, out, chosen, features)
 

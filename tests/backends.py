@@ -36,6 +36,7 @@ class Backend:
     prefill: Callable[..., Any]
     select_table: Callable[..., BlockTable]
     merge_attn_states: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    count_density: Callable[..., None]
     shrink: bool = True
 
 
@@ -63,7 +64,7 @@ def compose_table(
 
 def _library(name: str, backend: str, device: str, sizes: Sizes, shrink: bool = True) -> Backend:
     names = ("summarize", "select", "unite", "build_table", "attend", "prefill", "select_table")
-    names += ("merge_attn_states",)
+    names += ("merge_attn_states", "count_density")
     functions = (functools.partial(getattr(compactattn, function), backend=backend) for function in names)
     return Backend(name, device, sizes, *functions, shrink=shrink)
 
@@ -100,6 +101,7 @@ REFERENCE = Backend(
     reference.prefill,
     functools.partial(compose_table, reference),
     reference.merge_attn_states,
+    reference.count_density,
 )
 NUMBA = _library(
     "numba",
