@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from compactattn import operators
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
 from compactattn.features import PLAIN, Features, check_correctable, check_features
@@ -91,6 +92,10 @@ def attend(
         ValueError: wrong shape, dtype, device or stride, inputs that require gradients, or a backend that cannot
             run, before anything runs.
     """
+    if torch.compiler.is_compiling():
+        model = {"softcap": softcap, "window": window, "sinks": sinks}
+        how = {"scale": scale, "correction": correction, "return_lse": return_lse, "out": out, "backend": backend}
+        return operators.call("attend", q=q, kv=kv, batch=batch, table=table, **model, **how)
     check_queries(q, kv, batch)
     check_table(table, q, kv, batch)
     features = check_features(softcap, window, sinks, q)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compactattn import operators
 from compactattn.data import BlockTable, PrefillBatch
 from compactattn.dispatch import Backend, resolve_backend
 from compactattn.validation import (
@@ -85,6 +86,10 @@ def count_density(
     Raises:
         ValueError: wrong shape, dtype or device, or a backend that cannot run, before anything runs.
     """
+    if torch.compiler.is_compiling():
+        how = {"counter": counter, "window": window, "backend": backend}
+        operators.call("count_density", table=table, batch=batch, **how)
+        return
     check_record("table", table, "BlockTable")
     check_record("batch", batch, "PrefillBatch")
     check_rows("table", table, table.rows.shape[1], batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compactattn import operators
 from compactattn.dispatch import resolve_backend
 from compactattn.validation import DTYPES, check_out, check_same_device, check_shape, check_tensor, fail
 
@@ -37,6 +38,9 @@ def merge_attn_states(
         ValueError: wrong shape, dtype, device or stride, inputs that require gradients, or a backend that cannot
             run, before anything runs.
     """
+    if torch.compiler.is_compiling():
+        states = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+        return operators.call("merge_attn_states", **states, out=out, backend=backend)
     check_tensor("out_a", out_a, ndim=3)
     if out_a.dtype not in DTYPES:
         raise fail("out_a", "dtype float16, bfloat16 or float32", out_a.dtype)

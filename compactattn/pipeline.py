@@ -10,8 +10,10 @@ scores go straight to tables, and no mask is ever written.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from compactattn import operators
 from compactattn.attention import run_attention
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.density import check_counter, run_count
@@ -89,6 +91,13 @@ def prefill(
         ValueError: wrong shape, dtype, device or stride, or a backend that cannot run, before anything runs.
     """
     grouping = (heads_per_group, query_blocks_per_span)
+    if torch.compiler.is_compiling():
+        summary, correction = _corrected_by(summary, correction)
+        step = {"q": q, "kv": kv, "batch": batch, "selector": selector, "scale": scale, "summary": summary}
+        shared = {"heads_per_group": heads_per_group, "query_blocks_per_span": query_blocks_per_span}
+        model = {"softcap": softcap, "window": window, "sinks": sinks}
+        how = {"correction": correction, "density": density, "return_lse": return_lse, "out": out, "backend": backend}
+        return operators.call("prefill", **step, **shared, **model, **how)
     arguments = (q, kv, batch, selector, *grouping, scale, summary, correction, return_lse, out, backend)
     if softcap is not None or window is not None or sinks is not None or density is not None:
         check_tensor("q", q, ndim=3)
@@ -161,6 +170,10 @@ def select_table(
     backend: str | None = None,
 ) -> BlockTable:
     """The first three stages of `prefill`, with its arguments: the block tables that it attends over."""
+    if torch.compiler.is_compiling():
+        step = {"q": q, "kv": kv, "batch": batch, "selector": selector, "scale": scale, "summary": summary}
+        shared = {"heads_per_group": heads_per_group, "query_blocks_per_span": query_blocks_per_span}
+        return operators.call("select_table", **step, **shared, backend=backend)
     chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
     return _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compactattn import operators
 from compactattn.data import KVSummary, PagedKV, PrefillBatch, SelectionMask
 from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
 from compactattn.selectors import Dense, FlashPrefill, SeerGate, Selector, XAttention, check_selector
@@ -42,6 +43,9 @@ def select(
     Raises:
         ValueError: wrong shape, dtype, device or stride, or a backend that cannot run, before anything runs.
     """
+    if torch.compiler.is_compiling():
+        how = {"scale": scale, "summary": summary, "backend": backend}
+        return operators.call("select", q=q, kv=kv, batch=batch, selector=selector, **how)
     check_selector(selector)
     check_queries(q, kv, batch)
     check_blocks(kv, selector.block_size)

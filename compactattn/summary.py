@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compactattn import operators
 from compactattn.data import GateKeys, KVSummary, PagedKV, PrefillBatch
 from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
 from compactattn.selectors import SeerGate
@@ -55,6 +56,12 @@ def summarize(
     Raises:
         ValueError: wrong shape, dtype, device or contradictory lengths, before anything runs.
     """
+    if torch.compiler.is_compiling():
+        if summary is None:
+            summary = _empty_summary(kv, block_size, values, gate)
+            since = 0 if since is None else since
+        how = {"block_size": block_size, "values": values, "since": since, "backend": backend}
+        return operators.call("summarize", kv=kv, batch=batch, summary=summary, **how)
     check_readable(kv)
     if gate is not None:
         if not isinstance(gate, SeerGate):
