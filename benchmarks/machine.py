@@ -175,6 +175,7 @@ def attend_kernel(q: Tensor, kv: PagedKV, block_size: int, query_block: int) -> 
         "page_size": kv.page_size,
         "block_size": block_size,
         "query_block": query_block,
+        "features": (),
     }
     # the rule's parameters say what it depends on, and that differs between versions of the kernel
     refusal = why_not_hopper(**{name: problem[name] for name in inspect.signature(why_not_hopper).parameters})

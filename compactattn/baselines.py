@@ -278,6 +278,8 @@ def _check_inputs(q: Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
     check_kind("batch", batch, PrefillBatch)
     check_batch(q, batch)
     check_cache(kv, batch, q.device)
+    if kv.k_scale is not None:
+        raise fail("kv.k", "a cache of 16 bits or more (baselines and measures read no FP8)", kv.k.dtype)
     if q.shape[-1] != kv.head_dim or q.dtype != kv.k.dtype:
         raise fail("q", f"{kv.k.dtype} of head dimension {kv.head_dim}", f"{q.dtype} of {q.shape[-1]}")
     if q.shape[1] % kv.num_kv_heads:

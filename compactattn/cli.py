@@ -354,13 +354,15 @@ def _triton_attention(capability: tuple[int, int]) -> dict[str, str]:
     from compactattn._triton.hopper_rule import why_not_hopper
 
     kernels = {}
-    for dtype, head_dim, query_block in (
-        (torch.bfloat16, 128, 128),
-        (torch.bfloat16, 128, 64),
-        (torch.bfloat16, 96, 128),
-        (torch.float32, 128, 128),
+    for dtype, head_dim, query_block, features in (
+        (torch.bfloat16, 128, 128, ()),
+        (torch.bfloat16, 128, 64, ()),
+        (torch.bfloat16, 96, 128, ()),
+        (torch.float32, 128, 128, ()),
+        (torch.bfloat16, 128, 128, ("sinks, soft-capping, a window or an FP8 cache",)),
     ):
         problem = f"{str(dtype).removeprefix('torch.')}, head dimension {head_dim}, query blocks of {query_block}"
-        refusal = why_not_hopper(capability, dtype, head_dim, query_block)
+        problem += f", with {features[0]}" if features else ""
+        refusal = why_not_hopper(capability, dtype, head_dim, query_block, features)
         kernels[problem] = "warp-specialised Hopper kernel" if refusal is None else f"general kernel ({refusal})"
     return kernels

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compactattn import BlockTable, FlashPrefill, KVSummary, PagedKV, attend, prefill, summarize
+from compactattn.features import PLAIN, Features
 from tests.backends import Backend, for_all
 from tests.laws import live
 from tests.numerics import ORDERS, SAMPLES, assert_as_close, query_blocks
@@ -37,7 +38,11 @@ def table_of(backend: Backend, g: Geometry, kind: str) -> BlockTable:
 
 
 def corrected(
-    step: Step, table: BlockTable, dtype: torch.dtype, order: torch.Generator | None = None
+    step: Step,
+    table: BlockTable,
+    dtype: torch.dtype,
+    order: torch.Generator | None = None,
+    features: Features = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the row's visible tokens and the means of its left-out past blocks, over unpaged keys.
 
@@ -64,15 +69,21 @@ def corrected(
             k, v = (torch.cat((x, m[b][absent, h // g.group].to(dtype))) for x, m in zip((k, v), means, strict=True))
             weight[len(key) :] = math.log(g.block_size)
             hidden = torch.cat((hidden, torch.zeros(len(position), len(absent), dtype=torch.bool)), 1)
-            if not len(k):
+            if not len(k) and features.sinks is None:
                 continue
             dim = torch.arange(g.dim)
             if order is not None:
                 turn = torch.randperm(len(k), generator=order)
                 k, v, weight, hidden = k[turn], v[turn], weight[turn], hidden[:, turn]
                 dim = dim[torch.randperm(g.dim, generator=order)]
-            s = (q[span, h].to(dtype)[:, dim] @ k[:, dim].T * g.dim**-0.5 + weight).masked_fill(hidden, -math.inf)
-            seen = ~hidden.all(1, keepdim=True)
+            s = q[span, h].to(dtype)[:, dim] @ k[:, dim].T * g.dim**-0.5
+            if features.softcap is not None:
+                s = features.softcap * torch.tanh(s / features.softcap)
+            s = (s + weight).masked_fill(hidden, -math.inf)
+            if features.sinks is not None:
+                s = torch.cat((s, features.sinks[h].cpu().to(dtype).expand(len(s), 1)), 1)
+                v = torch.cat((v, v.new_zeros(1, g.dim)))
+            seen = ~(s == -math.inf).all(1, keepdim=True)
             out[span, h] = torch.where(seen, s.softmax(-1), 0.0).to(dtype) @ v
             lse[span, h] = s.logsumexp(-1)
     return out, lse
@@ -85,16 +96,16 @@ def mean(tokens: Tensor, g: Geometry, b: int, one_by_one: bool) -> Tensor:
     return sum(blocks.unbind(1)[1:], blocks[:, 0]) / g.block_size if one_by_one else blocks.mean(1)
 
 
-def assert_corrected(step: Step, table: BlockTable, out: Tensor, lse: Tensor) -> None:
+def assert_corrected(step: Step, table: BlockTable, out: Tensor, lse: Tensor, features: Features = PLAIN) -> None:
     """SPEC 3.3 for out and lse, per request and head.
 
     In float32, as in tests/numerics.py, the worst of several orders of summation counts; they are tried one by one.
     """
     g = step.geometry
-    exact = corrected(step, table, torch.float64)
+    exact = corrected(step, table, torch.float64, features=features)
     assert lse.dtype == SINGLE
     assert torch.equal(lse[: step.rows].cpu() == -math.inf, exact[1] == -math.inf)
-    plain = [corrected(step, table, g.dtype)]
+    plain = [corrected(step, table, g.dtype, features=features)]
     shortest = min((n for n in g.q_lens if n), default=SAMPLES)
     repeats = max(ORDERS, ceil_div(SAMPLES, shortest)) if g.dtype == SINGLE else 0
     generator = torch.Generator().manual_seed(g.seed)
@@ -105,7 +116,7 @@ def assert_corrected(step: Step, table: BlockTable, out: Tensor, lse: Tensor) ->
         except AssertionError:
             if n == repeats:
                 raise
-        plain.append(corrected(step, table, g.dtype, generator))
+        plain.append(corrected(step, table, g.dtype, generator, features))
 
 
 def assert_within(
