@@ -259,8 +259,10 @@ class CaptureFile:
         self._header = _parse_header(opened.metadata() or {})
         _check_names(self._header["layers"], list(opened.keys()))
         self.layers: tuple[int, ...] = tuple(self._header["layers"])
-        first = f"layers.{self.layers[0]}.q" if self.layers else None
-        self.tokens: int = 0 if first is None else opened.get_slice(first).get_shape()[0]
+        shapes = [opened.get_slice(f"layers.{number}.q").get_shape() for number in self.layers[:1]]
+        if not shapes or len(shapes[0]) != 3:
+            raise fail("layers", "at least one, with queries [tokens, heads, D]", shapes)
+        self.tokens: int = shapes[0][0]
         self.model: str = self._header["model"]
         self.scale: float | None = self._header["scale"]
 

@@ -202,6 +202,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "out into nowhere": (["--out", "/no/such/folder/x"], ("--out: expected a file in a writable directory",)),
     "out onto a folder": (["--out", "{folder}"], ("--out: expected a file in a writable directory",)),
     "out onto a device": (["--out", "/dev/null"], ("--out: expected a file in a writable directory",)),
+    "out onto the text": (["--out", "{folder}/../{name}/text"], ("--out: expected a file that is not read as well",)),
     "no weights": (["--model", "{folder}/bare"], ("--model: expected a causal language model", "bare")),
     "spoiled weights": (["--model", "{folder}/spoiled"], ("--model: expected a causal language model", "spoiled")),
     "no tokenizer": (["--model", "{folder}/speechless"], ("--model: expected a model with a tokenizer",)),
@@ -237,7 +238,7 @@ def test_bad_arguments_of_capture_are_one_line_and_exit_2(
     case: str, spoiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, words = REFUSED[case]
-    others = [argument.replace("{folder}", str(spoiled)) for argument in arguments]
+    others = [argument.replace("{folder}", str(spoiled)).replace("{name}", spoiled.name) for argument in arguments]
     assert run_capture(spoiled, "Llama", tmp_path / "a", *others) == 2
     assert len(assert_one_line(capsys, *words)) < 800
     assert list(tmp_path.iterdir()) == []
@@ -304,6 +305,7 @@ TUNE_REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "span": (["--query-blocks-per-span", "all"], ("--query-blocks-per-span: expected an integer from 1",)),
     "block size": (["--block-size", "32"], ("--block-size: expected one of 64, 128, 256, got '32'",)),
     "out": (["--out", "/no/such/folder/x"], ("--out: expected a file in a writable directory",)),
+    "out onto a capture": (["--out", "{folder}/a"], ("--out: expected a file that is not read as well",)),
     "json": (["--json", "/no/such/folder/x"], ("--json: expected '-' or a file in a writable directory",)),
 }
 
@@ -314,9 +316,8 @@ def test_bad_arguments_of_tune_are_one_line_and_exit_2(
 ) -> None:
     arguments, words = TUNE_REFUSED[case]
     others = [argument.replace("{folder}", str(captures)) for argument in arguments]
-    files = [str(captures / "a"), *(other for other in others if other.startswith("/") and len(others) == 1)]
-    options = [other for other in others if other not in files]
-    assert cli.main(["tune", *files, "--out", str(tmp_path / "a"), *TUNE, *options]) == 2
+    files, options = (others, []) if len(others) == 1 else ([], others)
+    assert cli.main(["tune", str(captures / "a"), *files, "--out", str(tmp_path / "a"), *TUNE, *options]) == 2
     assert_one_line(capsys, *words)
     assert list(tmp_path.iterdir()) == []
 

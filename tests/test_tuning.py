@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from compactattn import FlashPrefill, PagedKV, PrefillBatch, build_table, select, unite
+from compactattn import FlashPrefill, PagedKV, PrefillBatch, build_table, select, tuning, unite
 from compactattn.capture import Capture, CapturedLayer, CaptureFile, open_capture, save_capture
 from compactattn.quality import coverage
 from compactattn.tuning import TuneSettings, _largest_alpha, _rounded_down, steps, tune_layer
@@ -106,6 +106,17 @@ def test_what_is_reported_is_what_the_library_does(tmp_path: Path) -> None:
     assert 0 < float(found.coverage.worst.min()) < 0.9
     assert 0 < int(found.coverage.below.sum()) < found.coverage.queries * HEADS
     assert everything.selector.alpha == 1.0, "only the best block of a row, and what sink and window keep"
+
+
+def test_a_step_too_far_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library measures decides, should rounding ever have moved a step."""
+    settings = TuneSettings(SELECTOR, 0.9, chunk=256)
+    with opened(tmp_path, [make_layer(0, 5)], scale=0.06) as files:
+        right = tune_layer(0, files, settings)
+        monkeypatch.setattr(tuning, "_largest_alpha", lambda *arguments: _largest_alpha(*arguments) * 1.01)
+        found = tune_layer(0, files, settings)
+    assert right.selector.alpha * 0.998 < found.selector.alpha <= right.selector.alpha * 1.0001
+    assert float(found.coverage.mean.double().mean()) >= 0.9
 
 
 def test_steps_of_a_coverage_by_hand() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,15 @@ def check_json_target(target: str | None) -> None:
         check_file_target("--json", target, valid="'-' or a file in a writable directory")
 
 
-def check_file_target(option: str, target: str, *, valid: str = "a file in a writable directory") -> None:
-    """Refuse a file that cannot be put in place: its directory is not there or not writable, or it is no plain file."""
+def check_file_target(
+    option: str, target: str, *, valid: str = "a file in a writable directory", spared: Sequence[str] = ()
+) -> None:
+    """Refuse a file that cannot be put in place: its directory is not there or not writable, or it is no plain file.
+
+    spared: files that the command reads, which it must not overwrite.
+    """
+    if os.path.realpath(target) in map(os.path.realpath, spared):
+        raise UsageError(f"{option}: expected a file that is not read as well, got {target!r}")
     path = Path(os.path.realpath(target))
     # a link that still is one leads to itself
     writable = not path.is_symlink() and path.parent.is_dir() and os.access(path.parent, os.W_OK)

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Tune every layer of the captures, write the settings, and print a table of what they keep and cost."""
-    check_file_target("--out", arguments.out)
+    check_file_target("--out", arguments.out, spared=arguments.captures)
     check_json_target(arguments.json)
     settings = _settings(arguments)
     from compactattn.capture import open_capture
@@ -164,8 +164,8 @@ def _as_text(arguments: argparse.Namespace, found: list[LayerTuning], settings: 
     heading = [
         escaped(f"{model}: largest alpha with a mean coverage of at least {settings.coverage:.4g}"),
         f"chunks of {settings.chunk}, heads_per_group={settings.heads_per_group}, "
-        f"query_blocks_per_span={settings.query_blocks_per_span}; density of the past and coverage are averages over the "
-        "chunks after the first [%]",
+        f"query_blocks_per_span={settings.query_blocks_per_span}; density of the past and coverage are averages over "
+        "the chunks after the first [%]",
     ]
     table = [["layer", "alpha", "mask", "query-block", "sub-group", "full group", "coverage", "worst", "under 90 %"]]
     for layer in found:

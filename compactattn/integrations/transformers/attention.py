@@ -60,7 +60,8 @@ def enable(
 ) -> None:
     """Register the attention implementation "compactattn", or give it other settings.
 
-    The settings hold for every model that runs under this name, from its next forward pass on.
+    The settings hold for every model that runs under this name, from its next forward pass on. Those in a file of
+    `compactattn tune` are given as `enable(**load_settings(path))`, see `compactattn.settings`.
 
     Args:
         selector: what proposes the blocks: one selector for all layers, or a mapping from layer number to selector;
