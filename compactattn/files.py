@@ -45,6 +45,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         try:
             yield file
             file.flush()
+            if fcntl is None:
+                file.close()  # Windows moves no open file
             os.replace(partial, target)
         except BaseException:
             partial.unlink(missing_ok=True)

@@ -118,7 +118,7 @@ def tune_layer(
         layer: a layer that every capture has.
         captures: prompts of one model, one layer of one of them in memory at a time.
         settings: what to keep, and how the library will run.
-        device: default `compactattn.demo.best_device()`.
+        device: default `compactattn.demo.best_device()`; on the CPU in float32, see `PagedPrompt`.
         on_step: called after each of the `steps` chunks.
 
     Raises:

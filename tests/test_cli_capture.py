@@ -20,7 +20,7 @@ import transformers
 from compactattn import Dense, FlashPrefill, cli
 from compactattn.capture import Capture, load_capture, save_capture
 from compactattn.cli import capture as command
-from compactattn.cli.values import numbers, size, size_words
+from compactattn.cli.values import number_words, numbers, size, size_words
 from compactattn.integrations.transformers import attention, enable, recording
 from compactattn.settings import load_settings
 from tests.test_cli import assert_one_line
@@ -75,7 +75,7 @@ def test_from_a_model_and_a_text_to_a_model_on_tuned_settings(
     captured, tuned = tmp_path / "captured", tmp_path / "tuned.json"
     assert run_capture(folder, family, captured, "--tokens", "600", "--dtype", "float16") == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"{captured}: layers 0,1, 600 tokens, 4 query heads over 2 KV heads of 64, float16; ")
+    assert printed.out.startswith(f"{captured}: layers 0-1, 600 tokens, 4 query heads over 2 KV heads of 64, float16; ")
     assert printed.err == "", "no progress bar where nobody looks at it"
     found = load_capture(captured)
     assert (found.model, found.source) == (family, "the first 600 tokens of text")
@@ -122,6 +122,28 @@ def test_a_byte_is_a_token_where_asked(folder: Path, tmp_path: Path, capsys: pyt
     assert bytes(found.token_ids.tolist()) == text  # type: ignore[union-attr]
     assert [layer.layer for layer in found.layers] == [1]
     assert found.layers[0].q.dtype == torch.float32, "that of the weights"
+
+
+def test_without_transformers_it_says_what_to_install(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("compactattn.integrations.transformers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run_capture(folder, "Llama", tmp_path / "a") == 2
+    assert_one_line(capsys, "needs transformers: pip install 'compactattn[hf]'")
+
+
+def test_a_prompt_that_does_not_fit_in_memory_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 ...")
+
+    monkeypatch.setattr(recording._Recorder, "meet", full)
+    assert run_capture(folder, "Llama", tmp_path / "a", "--tokens", "300") == 2
+    assert_one_line(capsys, "--tokens: expected a prompt that fits in memory, got 300 tokens")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_terminal_shows_progress(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +194,7 @@ def test_a_file_that_would_be_too_long_is_refused_before_anything_runs(
     assert run_capture(folder, "Llama", tmp_path / "a", "--max-size", "1.4M", "--tokens", "500") == 2
     # 2 layers x 500 tokens x 8 heads x 64 x 4 bytes, 4 bytes per token id, and the text
     needed = 2 * 500 * 8 * 64 * 4 + 4 * 500 + len(" ".join(TEXT.split()[:499]).encode())
-    assert_one_line(capsys, "--max-size: expected at least 2.05 MB for layers 0,1, 500 tokens", "got 1.4 MB")
+    assert_one_line(capsys, "--max-size: expected at least 2.05 MB for layers 0-1, 500 tokens", "got 1.4 MB")
     assert size_words(needed) == "2.05 MB"
     free = shutil_usage(free=10**6)
     monkeypatch.setattr(command.shutil, "disk_usage", lambda _: free)
@@ -205,6 +227,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "out onto the text": (["--out", "{folder}/../{name}/text"], ("--out: expected a file that is not read as well",)),
     "no weights": (["--model", "{folder}/bare"], ("--model: expected a causal language model", "bare")),
     "spoiled weights": (["--model", "{folder}/spoiled"], ("--model: expected a causal language model", "spoiled")),
+    "no rotary positions": (["--model", "{folder}/learned"], ("--model: expected a configuration with rope_theta",)),
     "no tokenizer": (["--model", "{folder}/speechless"], ("--model: expected a model with a tokenizer",)),
     "code of its own": (["--model", "{folder}/coded"], ("--model: ", "--trust-remote-code")),
     "an encoder": (["--model", "{folder}/encoder"], ("--model: ", "causal")),
@@ -226,8 +249,12 @@ def spoiled(folder: Path) -> Path:
     (folder / "coded" / "config.json").write_text(json.dumps(coded))
     (folder / "coded" / "own.py").write_text("raise SystemExit('code of the model ran')")
     model("Llama").save_pretrained(folder / "speechless")
-    transformers.T5Config(vocab_size=61).save_pretrained(folder / "encoder")
+    transformers.ModernBertConfig(vocab_size=61, pad_token_id=0, bos_token_id=1, eos_token_id=2).save_pretrained(
+        folder / "encoder"
+    )
     save_tokenizer(folder / "encoder")
+    transformers.GPT2Config(vocab_size=61, n_embd=128, n_head=2).save_pretrained(folder / "learned")
+    save_tokenizer(folder / "learned")
     model("Mistral", sliding_window=100).save_pretrained(folder / "windowed")
     save_tokenizer(folder / "windowed")
     return folder
@@ -332,6 +359,9 @@ def test_sizes_and_numbers() -> None:
         with pytest.raises(cli.UsageError, match="--max-size: expected a size such as 500M or 2G"):
             size("--max-size", text)
     assert numbers("--layers", "3, 0-1,1", 4) == [0, 1, 3]
+    for found, text in (([0, 1, 3], "0-1,3"), ([5], "5"), ([0, 2, 4, 5, 6], "0,2,4-6"), (list(range(80)), "0-79")):
+        assert number_words(found) == text
+        assert numbers("--layers", text, 80) == found
     for text in ("", "4", "1-", "2-1", "-1", "0,,1", "0.5", "٣", "0-99999999999999"):
         with pytest.raises(cli.UsageError, match="--layers: expected all, or numbers from 0 to 3"):
             numbers("--layers", text, 4)

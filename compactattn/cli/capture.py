@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compactattn.cli.output import UsageError, check_file_target, emit, escaped, one_line
-from compactattn.cli.values import integer, numbers, size, size_words
+from compactattn.cli.values import integer, number_words, numbers, size, size_words
 
 if TYPE_CHECKING:
     import torch
@@ -122,10 +122,10 @@ def _check_size(layout: CaptureLayout, prompt: Prompt, limit: int, out: str) -> 
 
 
 def _words(layout: CaptureLayout) -> str:
-    layers, dtype = ",".join(map(str, layout.layers)), str(layout.dtype).removeprefix("torch.")
+    dtype = str(layout.dtype).removeprefix("torch.")
     return (
-        f"layers {layers}, {layout.tokens} tokens, {layout.heads} query heads over {layout.kv_heads} KV heads of "
-        f"{layout.head_dim}, {dtype}"
+        f"layers {number_words(layout.layers)}, {layout.tokens} tokens, {layout.heads} query heads over "
+        f"{layout.kv_heads} KV heads of {layout.head_dim}, {dtype}"
     )
 
 
@@ -143,7 +143,6 @@ def _device(name: str | None) -> torch.device:
 
 
 def _record(arguments: argparse.Namespace, model: Any, layout: CaptureLayout, prompt: Prompt) -> None:
-    import torch
     from tqdm import tqdm
 
     from compactattn.integrations.transformers.recording import record
@@ -163,7 +162,9 @@ def _record(arguments: argparse.Namespace, model: Any, layout: CaptureLayout, pr
                 text=prompt.text,
                 on_layer=lambda number: bar.update(number + 1 - bar.n),
             )
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; on the CPU it has no type of its own
+            if "memory" not in str(error):
+                raise
             raise UsageError(f"--tokens: expected a prompt that fits in memory, got {layout.tokens} tokens") from error
         except OSError as error:
             words = error.strerror or one_line(error)
@@ -179,7 +180,7 @@ def _naming_options() -> Iterator[None]:
     except ValueError as error:
         words = one_line(error).replace("trust_remote_code=True", "--trust-remote-code")
         argument = words.split(":")[0]
-        if "finite values" in words:
+        if "finite values in float16" in words:
             words = f"--dtype: {words}: bfloat16 and float32 hold larger values than float16"
         elif argument in options:
             words = f"--{words}"

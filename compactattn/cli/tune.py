@@ -184,8 +184,10 @@ def _as_json(found: list[LayerTuning], settings: TuneSettings) -> dict[str, Any]
 
     from compactattn.demo_text import coverage_json
 
+    asked = asdict(settings)
+    del asked["selector"]["alpha"]  # that of each layer is what was found
     return {
-        "settings": asdict(settings),
+        "settings": asked,
         "layers": [
             {
                 "layer": layer.layer,

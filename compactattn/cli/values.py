@@ -60,3 +60,14 @@ def numbers(name: str, text: str, count: int) -> list[int]:
             raise UsageError(f"{name}: expected all, or numbers from 0 to {count - 1} as in 0,4-7; got {text!r}")
         found.update(range(first, last + 1))
     return sorted(found)
+
+
+def number_words(found: Sequence[int]) -> str:
+    """Ascending numbers as words that `numbers` reads: 0,4-7."""
+    words: list[list[int]] = []
+    for number in found:
+        if words and words[-1][-1] == number - 1:
+            words[-1] = [words[-1][0], number]
+        else:
+            words.append([number])
+    return ",".join("-".join(map(str, ends)) for ends in words)

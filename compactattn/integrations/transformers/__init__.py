@@ -35,7 +35,7 @@ Facts about transformers (5.1 to 5.24) that this package relies on: an attention
 function; a 4-D mask is passed on as it is.
 
 `attention.py` holds the settings and the attention function, `steps.py` what a forward pass is (masks, lengths, pages),
-`means.py` what is kept beside a cache, `recording.py` what `compactattn capture` does with a model.
+`means.py` what is kept beside a cache; `loading.py` and `recording.py` are for `compactattn capture`.
 """
 
 try:

@@ -76,9 +76,9 @@ def load_prompt(
     """
     if not text:
         raise fail("text", "at least one byte", "none")
-    ends: list[int] | None
+    ends: list[int] | None  # of each token's characters
     if as_bytes:
-        token_ids, ends = list(text), list(range(1, len(text) + 1))
+        words, token_ids, ends = text.decode("latin-1"), list(text), list(range(1, len(text) + 1))
     else:
         try:
             words = text.decode("utf-8")
@@ -90,17 +90,16 @@ def load_prompt(
             tokenizer = AutoTokenizer.from_pretrained(name, **_where(name, trust_remote_code))
             found = tokenizer(words, return_offsets_mapping=tokenizer.is_fast)
         token_ids = found["input_ids"]
-        ends = [len(words[:end].encode()) for _, end in found["offset_mapping"]] if tokenizer.is_fast else None
+        ends = [end for _, end in found["offset_mapping"]] if tokenizer.is_fast else None
     if not token_ids or (tokens is not None and len(token_ids) < tokens):
         raise fail("text", f"at least {tokens or 1} tokens", len(token_ids))
     count = len(token_ids) if tokens is None else tokens
     vocabulary = config.get_text_config(decoder=True).vocab_size
     if max(token_ids[:count]) >= vocabulary:
         raise fail("text", f"tokens below {vocabulary}, as many as the model has", max(token_ids[:count]))
-    if tokens is None:
-        own: bytes | None = text
-    else:
-        own = None if ends is None else text[: max(ends[:count])]
+    own: bytes | None = text
+    if tokens is not None:
+        own = None if ends is None else words[: max(ends[:count])].encode("latin-1" if as_bytes else "utf-8")
     return Prompt(torch.tensor(token_ids[:count], dtype=torch.int64), own)
 
 

@@ -58,7 +58,7 @@ def planned_layout(config: Any, layers: Sequence[int], tokens: int, dtype: torch
 
     Raises:
         ValueError: layers that the model does not have, more tokens than it has positions for, a configuration that
-            does not say what is needed, or heads that compactattn cannot run.
+            does not say what is needed, no rotary positions, or heads that compactattn cannot run.
     """
     text, available = config.get_text_config(decoder=True), layers_of(config)
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= available:
@@ -69,6 +69,7 @@ def planned_layout(config: Any, layers: Sequence[int], tokens: int, dtype: torch
         raise fail("tokens", f"at most the {positions} positions that the model was made for", tokens)
     if dtype not in DTYPES:
         raise fail("dtype", "float16, bfloat16 or float32", dtype)
+    rope_theta_of(config)
     heads = _count(text, "num_attention_heads")
     kv_heads = heads if getattr(text, "num_key_value_heads", None) is None else _count(text, "num_key_value_heads")
     head_dim = getattr(text, "head_dim", None) or _count(text, "hidden_size") // heads
