@@ -151,7 +151,7 @@ def _ask_file() -> Recorded:
         key="file",
         placeholder="/path/to/capture.safetensors",
         on_change=_open_typed,
-        help="A safetensors file that `compactattn capture` wrote. It stays on this machine.",
+        help="A safetensors file that `compactattn.capture.save_capture` wrote. It stays on this machine.",
         **BOUND,
     ).strip()
     upload = st.file_uploader("or upload one", type="safetensors", key="upload", max_upload_size=512)
