@@ -227,7 +227,7 @@ def check_span(query_blocks_per_span: object) -> None:
     check_int("query_blocks_per_span", query_blocks_per_span, 1)
 
 
-def check_heads_per_group(heads_per_group: object, heads: int, per_kv_head: int | None = None) -> None:
+def check_heads_per_group(heads_per_group: object, heads: int | None = None, per_kv_head: int | None = None) -> None:
     """`heads_per_group` adjacent heads share a row; where G is known they must lie in one KV group."""
     if heads_per_group == "auto":
         return
@@ -235,7 +235,7 @@ def check_heads_per_group(heads_per_group: object, heads: int, per_kv_head: int 
         raise fail("heads_per_group", "'auto' or an int of at least 1", repr(heads_per_group))
     check_int("heads_per_group", heads_per_group, 1)
     assert isinstance(heads_per_group, int)
-    if heads % heads_per_group:
+    if heads is not None and heads % heads_per_group:
         raise fail("heads_per_group", f"a divisor of the {heads} query heads", heads_per_group)
     if per_kv_head is not None and per_kv_head % heads_per_group:
         raise fail("heads_per_group", f"a divisor of the {per_kv_head} query heads per KV head", heads_per_group)

@@ -13,10 +13,11 @@ import pytest
 
 import compactattn
 
-UNWANTED = ("streamlit", "transformers", "vllm", "matplotlib", "triton", "numba")
+UNWANTED = ("streamlit", "transformers", "vllm", "matplotlib", "triton", "numba", "safetensors")
 INSPECT = f"""
 import sys
 import compactattn
+import compactattn.cli
 print(*[name for name in {UNWANTED!r} if name in sys.modules])
 """
 
