@@ -1,4 +1,4 @@
-"""`python -m benchmarks latency` and `fidelity` measure; `python -m benchmarks report RESULT.json` turns a
+"""`python -m benchmarks latency`, `fidelity` and `ruler` measure; `python -m benchmarks report RESULT.json` turns a
 result into words; `python -m benchmarks sources` prints the hash that ties a result to the sources it came from."""
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latency.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     latency.set_defaults(run=_latency)
     _add_fidelity(commands)
+    _add_ruler(commands)
     report = commands.add_parser("report", help="Markdown tables and figures from a result alone")
-    report.add_argument("result", type=Path, help="a JSON file that `latency` or `fidelity` wrote")
+    report.add_argument("result", type=Path, help="a JSON file that `latency`, `fidelity` or `ruler` wrote")
     report.add_argument("--out", type=Path, help="directory for the .md and .png files (default: beside the result)")
     report.set_defaults(run=_report)
     sources = commands.add_parser("sources", help="the hash of this checkout's sources, as results record it")
@@ -112,10 +113,43 @@ def _fidelity(parsed: argparse.Namespace) -> int:
     return run.run(options)
 
 
+def _add_ruler(commands: Any) -> None:
+    ruler = commands.add_parser("ruler", help="RULER by lm-evaluation-harness, beside the published figures")
+    ruler.add_argument("--model", required=True, help="a directory, or a name on the Hugging Face hub")
+    ruler.add_argument("--lengths", default="32768,65536,131072", help="comma-separated (default: %(default)s)")
+    ruler.add_argument("--out", type=Path, default=RESULTS, help="directory for ruler-NAME.json")
+    ruler.add_argument("--tokenizer", help="a directory or name, or bytes (default: the model's)")
+    ruler.add_argument("--tasks", help="comma-separated names of the harness (default: RULER's thirteen)")
+    ruler.add_argument("--methods", help="comma-separated (default: those of the published table)")
+    ruler.add_argument("--limit", type=int, help="items per task (default: the harness's 500)")
+    ruler.add_argument("--chunk", type=int, default=1024, help="tokens per prefill chunk (default: %(default)s)")
+    ruler.add_argument("--alpha", type=float, help="FlashPrefill's (default: the published one of the model's family)")
+    ruler.add_argument("--gate", type=Path, help="SeerAttention's gate weights, for the methods that need them")
+    ruler.add_argument("--chat-template", action="store_true", help="put prompts into the tokenizer's chat template")
+    ruler.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    ruler.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    ruler.add_argument("--resume", action="store_true", help="keep what the result in --out already has")
+    ruler.add_argument("--commit", help="what to record as the commit on a machine without git")
+    ruler.set_defaults(run=_ruler)
+
+
+def _ruler(parsed: argparse.Namespace) -> int:
+    from benchmarks import ruler
+
+    names = ("model", "out", "tokenizer", "limit", "chunk", "alpha", "gate", "chat_template", "device", "dtype")
+    given = {name: getattr(parsed, name) for name in (*names, "resume", "commit")}
+    given["lengths"] = ruler.parse_numbers(parsed.lengths)
+    given["tasks"] = ruler.parse_names(parsed.tasks, None)
+    given["methods"] = ruler.parse_names(parsed.methods, ruler.METHODS)
+    return ruler.run(ruler.Options(**given))
+
+
 def _report(parsed: argparse.Namespace) -> int:
     kind = _kind_of(parsed.result)
     if kind == "fidelity":
         from benchmarks.fidelity.report import write_report
+    elif kind == "ruler":
+        from benchmarks.ruler_report import write_report
     else:
         from benchmarks.report import write_report
 
