@@ -29,7 +29,7 @@ from compactattn.validation import (
 )
 
 _SCORES_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}  # entries of the largest temporary: 64 or 512 MiB in float32
-_COPIED_AT_ONCE = 1 << 27  # entries of K that QUOKA's attention copies at a time, of one request at least
+_COPIED_AT_ONCE = 1 << 28  # entries of K that QUOKA's attention copies at a time, of one request at least
 
 
 @dataclass(frozen=True, eq=False)

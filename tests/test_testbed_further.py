@@ -273,7 +273,11 @@ def test_legs_add_up_to_the_run_that_was_not_stopped(weights: Path, tmp_path: Pa
     curves = [[{key: point.get(key) for key in keys} for point in run.progress.curve] for run in (whole, part)]
     assert curves[0] == curves[1]
     assert curves[0][0]["learning_rate"] < curves[0][1]["learning_rate"] > curves[0][-1]["learning_rate"]
-    with pytest.raises(ValueError, match="--state: expected a run with time left, got one that is over"):
+    unmeasured = leg(weights, tmp_path / "legs")
+    assert unmeasured.is_over
+    assert len(unmeasured.progress.legs) == 3
+    assert unmeasured.finish()["complete"]
+    with pytest.raises(ValueError, match="--state: expected a run with something left to do, got one that is over"):
         leg(weights, tmp_path / "legs")
 
 
@@ -307,8 +311,9 @@ def test_the_schedule_goes_by_the_time_of_all_legs(
     assert 0.2 < share < 0.6
     assert rates[-1] == pytest.approx(settings.learning_rate * (1 - part.progress.curve[-2]["seconds"] / 60), abs=1e-8)
     assert [entry["seconds"] for entry in part.progress.legs] == sorted(e["seconds"] for e in part.progress.legs)
-    while not leg(weights, tmp_path, settings, clock=Clock()).train():
-        pass
+    while not part.is_over:
+        part = leg(weights, tmp_path, settings, clock=Clock())
+        part.train()
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["seconds"] >= 60
     assert record["loss_curve"][-1]["learning_rate"] < 0.1 * settings.learning_rate
@@ -376,7 +381,7 @@ def test_a_signal_ends_a_leg_between_two_steps(
     assert checkpoint.load(tmp_path / "out" / "state")[1]["progress"]["step"] == 1
     train_tasks.main(words)
     assert '"complete": true' in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"^train_tasks: --state: expected a run with time left"):
+    with pytest.raises(SystemExit, match=r"^train_tasks: --state: expected a run with something left to do"):
         train_tasks.main(words)
     with pytest.raises(SystemExit, match=r"^train_tasks: .*state: expected settings .*'seed': 3"):
         train_tasks.main([*words, "--seed", "3"])

@@ -34,7 +34,7 @@ class Settings:
         workers: processes that make batches; 0 makes them in between.
     """
 
-    minutes: float = 8.4
+    minutes: float = 8.6
     total_minutes: float = 24.0
     max_steps: int | None = None
     leg_steps: int | None = None

@@ -3,11 +3,12 @@
     python3 -m benchmarks.testbed.corpus --out out/stdlib.zip                            # where Python is whole
     python3 -m benchmarks.testbed.train_tasks --corpus out/stdlib.zip --out out/weights  # one leg; again for the next
 
-Each call is a leg, at most `--minutes` (8.4) of wall clock; three of them use up the `--total-minutes` (24). A leg goes
+Each call is a leg, at most `--minutes` (8.6) of wall clock; three of them use up the `--total-minutes` (24). A leg goes
 on from the checkpoint in `--state` (default: `state` in `--out`; begin anew by removing it), the first one from the
 weights in `--init`, the committed ones. The leg that ends the budget measures the model, which is planned to take
 about another minute, and marks the record complete. Every leg leaves `model.safetensors`, `config.json` and
-`training.json` in `--out`; copy the final three over `benchmarks/testbed/weights`.
+`training.json` in `--out`; copy the final three over `benchmarks/testbed/weights`. A leg that is killed is taken up
+from its last interim evaluation, and one that is killed while it measures, measures again.
 
 A checkpoint is `state.json` and two shards, about 21 MB together and none over 16 MiB, so that a leg can go on on
 another machine: that needs `out/stdlib.zip` and `out/weights/state`, which git ignores like all of `out/`.
@@ -106,7 +107,7 @@ class Run:
         clock: seconds.
 
     Raises:
-        ValueError: no weights, a checkpoint of other settings or another corpus, a run that is over.
+        ValueError: no weights, a checkpoint of other settings or another corpus, a run that is over and measured.
     """
 
     def __init__(
@@ -126,15 +127,22 @@ class Run:
         self.source = TaskSource(corpus, settings.seed)
         self.model = load_model(init, device).train()
         self.optimizer = make_optimizer(self.model, settings, device)
-        self.progress, self.earlier = Progress(), _earlier_record(init)
+        self.progress, self.earlier = Progress(), _without_curves(_record_beside(init))
         self.stopped = False
         if checkpoints.exists(state):
             self._resume()
-        if self.progress.share(settings) >= 1.0:
-            raise ValueError(f"--state: expected a run with time left, got one that is over, in {state}")
+        if self.is_over:
+            if (_record_beside(out) or {}).get("complete"):
+                raise ValueError(f"--state: expected a run with something left to do, got one that is over, in {state}")
+            return
         machine = machine_of(device)
         self.progress.legs.append({"step": self.progress.step, "seconds": round(self.progress.seconds, 1), **machine})
         out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the whole budget is used, so that the model can be measured."""
+        return self.progress.share(self.settings) >= 1.0
 
     def train(self) -> bool:
         """Step until the leg or the whole budget is used, or `stop` was called; whether the budget is used."""
@@ -169,7 +177,7 @@ class Run:
         if pending:
             self._log(pending, context, rate)
         self.save()
-        return progress.share(settings) >= 1.0
+        return self.is_over
 
     def stop(self, *_: object) -> None:
         """End the leg after the present step; a signal handler."""
@@ -242,7 +250,7 @@ class Run:
         return max(1, 2 * self.settings.tokens_per_step // context)
 
     def _tasks(self, model: LlamaForCausalLM, lengths: tuple[int, ...], items: int) -> dict[str, dict[str, Any]]:
-        return task_report(model, self.source, lengths, items, tokens_at_once=8 * self.settings.tokens_per_step)
+        return task_report(model, self.source, lengths, items, tokens_at_once=16 * self.settings.tokens_per_step)
 
     def _log(self, pending: list[tuple[Tensor, Tensor, Tensor]], context: int, rate: float) -> None:
         """A point of the loss curve; the only place of the loop that waits for the device."""
@@ -303,15 +311,18 @@ def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the workers too; the run ends them
 
 
-def _earlier_record(init: Path) -> dict[str, Any] | None:
-    """What `training.json` beside the first weights says, without its curves; None where there is none."""
+def _record_beside(weights: Path) -> dict[str, Any] | None:
+    """What `training.json` in a directory of weights says; None where there is none."""
     try:
-        record = json.loads((init / RECORD_FILE).read_text())
+        return json.loads((weights / RECORD_FILE).read_text())
     except OSError:
         return None
     except ValueError as error:
-        raise ValueError(f"{init / RECORD_FILE}: expected JSON, got: {error}") from error
-    return {name: value for name, value in record.items() if not name.endswith("curve")}
+        raise ValueError(f"{weights / RECORD_FILE}: expected JSON, got: {error}") from error
+
+
+def _without_curves(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if record is None else {name: its for name, its in record.items() if not name.endswith("curve")}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -338,9 +349,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(
             f"corpus: {run.corpus_statistics}\nleg {len(run.progress.legs)}, from step {run.progress.step}", flush=True
         )
-        with stopping(run.stop):
-            complete = run.train()
-        if not complete:
+        if not run.is_over:  # else the process ended while it measured
+            with stopping(run.stop):
+                run.train()
+        if not run.is_over:
             minutes = run.progress.seconds / 60
             again = "run the same command again for the next"
             print(f"leg ends at step {run.progress.step}, {minutes:.1f} of {settings.total_minutes} min; {again}")
