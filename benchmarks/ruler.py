@@ -126,7 +126,7 @@ def run(options: Options) -> int:
     longest = model.config.max_position_embeddings
     if max(options.lengths) > longest:
         raise ValueError(f"--lengths: expected at most {longest}, the model's positions, got {max(options.lengths)}")
-    methods = Methods(model, options.gate or Path("attn_gate_weights.pth"))
+    methods = Methods(model, options.gate)
     group = model.config.num_attention_heads // model.config.num_key_value_heads
     alpha = options.alpha or PUBLISHED_ALPHAS.get(model.config.model_type, 0.18)
     chosen = {name: row for name, row in rows(group, alpha).items() if name in options.methods}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 from benchmarks.published import PAPER_RULER
-from benchmarks.records import table, tokens
+from benchmarks.records import Record, read_kind, table, tokens
 
 #: All thirteen tasks, as the harness names them.
 RULER_TASKS = (
@@ -28,22 +26,14 @@ RULER_TASKS = (
 )
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Record:
     """Read a result.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a result of `python -m benchmarks ruler`.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a result of `python -m benchmarks ruler`, got no file")
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(result, dict) or result.get("kind") != "ruler" or result.get("schema") != 1:
-        raise ValueError(f"{path}: expected a RULER result of schema 1, got something else")
-    return result
+    return read_kind(path, "ruler", 1)
 
 
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
@@ -64,7 +54,7 @@ def published_for(model: str) -> tuple[str, dict[str, dict[int, float]]]:
     return next(((known, its) for known, its in PAPER_RULER.items() if known.lower() in name), ("", {}))
 
 
-def table_lines(result: dict[str, Any]) -> list[str]:
+def table_lines(result: Record) -> list[str]:
     """Markdown: the mean over tasks per method and length in percent, the paper's beside it, then every task."""
     settings = result["settings"]
     known, paper = published_for(settings["model"])
@@ -99,6 +89,6 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _beside(cell: dict[str, Any] | None, published: float | None) -> str:
+def _beside(cell: Record | None, published: float | None) -> str:
     own = "-" if cell is None else f"{100 * sum(cell['scores'].values()) / len(cell['scores']):.2f}"
     return own if published is None else f"{own} [{published:.2f}]"

@@ -74,7 +74,7 @@ def leg(weights: Path, place: Path, settings: Settings = QUICK, **others: Any) -
 
 def test_many_questions_have_the_answers_of_the_text(source: TaskSource) -> None:
     """A solver of its own answers every question, and the mask holds the answers and nothing else."""
-    kinds = set()
+    kinds, apart = set(), 0
     for index in range(30):
         tokens, mask = many_questions(source, "train", 2048, index)
         assert len(tokens) == len(mask) == 2048
@@ -85,6 +85,9 @@ def test_many_questions_have_the_answers_of_the_text(source: TaskSource) -> None
         known: dict[bytes, bytes] = {}
         for name, origin in re.findall(rb"# let ([a-z]{6}) = (\w{6})\.\n", text):
             known[name] = known.get(origin, origin)
+        lines = re.findall(rb"# (?:let|The secret of) (\w+) (?:=|is) (\w+)\.\n", text)
+        place = {name: n for n, (name, _) in enumerate(lines)}
+        apart += sum(place[name] - place[origin] > 1 for name, origin in lines if origin in place)
         asked: list[bytes] = []
         for part in np.split(np.arange(first, 2048), np.flatnonzero(tokens[first:] == QUESTION)[1:]):
             words, middle = tokens[part].tolist(), tokens[part].tolist().index(ANSWER)
@@ -105,6 +108,7 @@ def test_many_questions_have_the_answers_of_the_text(source: TaskSource) -> None
         assert len(asked) == len(set(asked))
         assert not mask[:first].any()
     assert kinds == {"chain", *itertools.product((False, True), repeat=2)}
+    assert apart > 30  # the lines of a chain do not stand together
 
 
 def test_batches_depend_on_the_step_alone_and_hold_the_mixture(source: TaskSource) -> None:

@@ -49,14 +49,14 @@ def answer(methods: Methods, row: Row, examples: Sequence[Example], chunk: int, 
     with methods.running(row):
         for part in batches(examples, tokens_at_once):
             written, foreseen = _answer_batch(methods, row, part, chunk)
-            for example, output, hits in zip(part, written, foreseen, strict=True):
+            for example, output, guess in zip(part, written, foreseen, strict=True):
                 greedy[example] = round(score(example, output.tolist()) * len(example.answers))
-                in_chunk[example] = right_words(example, hits)
+                in_chunk[example] = right_words(example, guess)
     return Answers(*("".join(str(right[example]) for example in examples) for right in (greedy, in_chunk)))
 
 
 def _answer_batch(methods: Methods, row: Row, part: Sequence[Example], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens decoded [n, at most the longest target], whether each target token was foreseen, bool [n, target])."""
+    """(tokens decoded [n, at most target], the token foreseen in place of each of the target's [n, target])."""
     model, target = methods.model, len(part[0].target)
     windows = torch.from_numpy(np.stack([example.window for example in part])).to(methods.device)
     prompt_len = windows.shape[1] - target
@@ -78,13 +78,12 @@ def _answer_batch(methods: Methods, row: Row, part: Sequence[Example], chunk: in
         logits = model(
             input_ids=windows[:, shared:-1], past_key_values=cache, use_cache=True, logits_to_keep=target
         ).logits
-    foreseen = logits.argmax(-1) == windows[:, prompt_len:]
-    return written, foreseen.cpu().numpy()
+    return written, logits.argmax(-1).cpu().numpy()
 
 
-def right_words(example: Example, hits: np.ndarray) -> int:
-    """How many words of the answer have every token right; `hits` bool [target]."""
-    right, begin = 0, 0
+def right_words(example: Example, foreseen: np.ndarray) -> int:
+    """How many words of the answer have every token right; `foreseen`: int64 [target]."""
+    hits, right, begin = foreseen == example.target, 0, 0
     for word in example.answers:
         right += bool(hits[begin : begin + len(word)].all())
         begin += len(word) + 1

@@ -7,21 +7,19 @@ sweep a family has no value; nothing is extrapolated.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA
+from benchmarks.records import Record, read_kind
 from benchmarks.testbed.intervals import bootstrap_means, bootstrap_ratio, wilson
 from benchmarks.testbed.tasks import ANSWER_WORDS
 
-Record = dict[str, Any]
 MEASURES = {"greedy": "greedy", "in_chunk": "in chunk"}
 DENSITIES = (0.05, 0.10, 0.15, 0.25)
 FEWEST_HIDDEN = 20
@@ -34,15 +32,7 @@ def load(path: Path) -> Record:
         FileNotFoundError: no such file.
         ValueError: not a result of `python -m benchmarks fidelity`.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a result of `python -m benchmarks fidelity`, got no file")
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(result, dict) or result.get("kind") != "fidelity" or result.get("schema") != 1:
-        raise ValueError(f"{path}: expected a fidelity result of schema 1, got something else")
-    return result
+    return read_kind(path, "fidelity", 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ past, are exact for all of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -43,10 +43,10 @@ class Methods:
 
     Args:
         model: in evaluation mode.
-        gate_file: `seer_gate.safetensors` of `benchmarks.testbed.train_gate`; it may be absent.
+        gate_file: gate weights, such as `seer_gate.safetensors` of `benchmarks.testbed.train_gate`; they may be absent.
     """
 
-    def __init__(self, model: LlamaForCausalLM, gate_file: Path) -> None:
+    def __init__(self, model: LlamaForCausalLM, gate_file: Path | None) -> None:
         self.model, self.gate_file = model, gate_file
         self.device = next(model.parameters()).device
         self.layers = int(model.config.num_hidden_layers)
@@ -55,8 +55,8 @@ class Methods:
         """Why a row cannot run on this model, or None."""
         config = self.model.config
         group = config.num_attention_heads // config.num_key_value_heads
-        if row.selector == "SeerGate" and not self.gate_file.exists():
-            return f"no gate weights: {self.gate_file.name} does not exist (python -m benchmarks.testbed.train_gate)"
+        if row.selector == "SeerGate" and not self.has_gates:
+            return "no gate weights" + ("" if self.gate_file is None else f": {self.gate_file.name} does not exist")
         if group % row.heads:
             return f"{row.heads} heads do not divide this model's {group} query heads per KV head"
         if row.dense_layers >= self.layers:
@@ -67,6 +67,7 @@ class Methods:
         """The row's selector, or one per layer."""
         if row.selector != "SeerGate":
             return SELECTORS[row.selector](**row.settings)
+        assert self.gate_file is not None  # `why_not` said nothing
         config, rope = self.model.config, self.model.model.rotary_emb
         gates = load_seer_gates(
             self.gate_file,
@@ -82,8 +83,8 @@ class Methods:
 
     def _gate_blocks(self) -> dict[str, int]:
         """The block sizes that gates were trained for, where `train_gate` left its record beside them."""
-        record = self.gate_file.with_name(GATE_RECORD)
-        if not record.exists():
+        record = None if self.gate_file is None else self.gate_file.with_name(GATE_RECORD)
+        if record is None or not record.exists():
             return {}
         block = int(json.loads(record.read_text())["settings"]["block"])
         return {"block_size": block, "query_block": block}
@@ -96,6 +97,10 @@ class Methods:
             return Dense(block_size=chosen.block_size, query_block=chosen.query_block)
         return chosen
 
+    @property
+    def has_gates(self) -> bool:
+        return self.gate_file is not None and self.gate_file.exists()
+
     @contextmanager
     def running(self, row: Row) -> Iterator[None]:
         """The model's attention is the row's inside."""
@@ -104,7 +109,7 @@ class Methods:
             name = "sdpa"
         elif row.kind == "quoka":
             name = QUOKA_NAME
-            register(name, partial(_quoka_forward, dict(row.settings)))
+            register(name, partial(_quoka, dict(row.settings)))
         else:
             name = LIBRARY_NAME
             enable(
@@ -125,8 +130,32 @@ class Methods:
         return prompt_lens([length] * count) if row.settings.get("dense_last_blocks") else nullcontext()
 
 
-def register(name: str, attention: Any) -> None:
-    """Register an attention function for batches without padding: it gets no mask."""
+Sparse = Callable[[torch.nn.Module, Tensor, Tensor, Tensor, float | None], Tensor]
+
+
+def register(name: str, sparse: Sparse) -> None:
+    """Register an attention function for batches without padding.
+
+    Args:
+        sparse: (module, query [B, Hq, q_len, D], key and value [B, Hkv, L, D], scale) to [B, q_len, Hq, D], of a chunk
+            with a past. Decode steps, and chunks without a past, have nothing to select from: they are transformers'
+            own.
+    """
+
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        assert attention_mask is None
+        if query.shape[2] in (1, key.shape[2]):
+            return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0], None
+        return sparse(module, query, key, value, scaling), None
+
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, _no_mask)
 
@@ -134,16 +163,6 @@ def register(name: str, attention: Any) -> None:
 def _no_mask(*_: object, attention_mask: Tensor | None = None, **__: object) -> None:
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("attention_mask: expected a batch without padding, got one with padding")
-
-
-def is_exact(query: Tensor, key: Tensor) -> bool:
-    """Whether a step has nothing to select from: a decode step, or a chunk without a past."""
-    return query.shape[2] == 1 or query.shape[2] == key.shape[2]
-
-
-def exact(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """transformers' own attention for such a step: [B, q_len, Hq, D]."""
-    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
 
 
 def paged(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, PagedKV, PrefillBatch]:
@@ -159,19 +178,9 @@ def unpacked(out: Tensor, query: Tensor) -> Tensor:
     return out.view(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
 
 
-def _quoka_forward(
-    settings: dict[str, float],
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    assert attention_mask is None
-    if is_exact(query, key):
-        return exact(module, query, key, value, scaling), None
+def _quoka(
+    settings: dict[str, float], module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> Tensor:
     q, kv, batch = paged(query, key, value)
     selection = quoka_select(q, kv, batch, **settings)
-    return unpacked(quoka_attention(q, kv, batch, selection, scale=scaling), query), None
+    return unpacked(quoka_attention(q, kv, batch, selection, scale=scale), query)

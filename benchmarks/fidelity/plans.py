@@ -188,17 +188,21 @@ def quoka_rows(budgets: dict[float, int]) -> list[Row]:
 
 def _rows() -> tuple[Row, ...]:
     rows = fixed_rows()
-    rows += sweep(UNSHARED, "FlashPrefill", "alpha", {0.8: 1, 0.5: 0, 0.3: 0, 0.18: 1, 0.08: 1})
+    rows += sweep(UNSHARED, "FlashPrefill", "alpha", {0.6: 1, 0.25: 0, 0.12: 0, 0.05: 1, 0.02: 1})
     rows += quoka_rows({0.25: 1, 0.15: 0, 0.10: 0, 0.05: 1})
-    rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", {0.95: 1, 0.8: 0, 0.6: 0, 0.3: 1}, heads=4, span=None)
+    rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", {0.95: 1, 0.6: 0, 0.35: 0, 0.15: 1}, heads=4, span=None)
     for heads in (2, 1):
-        rows += sweep(PAPER.format(heads), "FlashPrefill", "alpha", {0.9: 1, 0.6: 1, 0.3: 1}, heads=heads, span=None)
-    rows += sweep("XAttention unshared", "XAttention", "threshold", {0.95: 1, 0.9: 1, 0.7: 1})
+        rows += sweep(PAPER.format(heads), "FlashPrefill", "alpha", {0.8: 1, 0.35: 1, 0.12: 1}, heads=heads, span=None)
+    rows += sweep("XAttention unshared", "XAttention", "threshold", {0.95: 1, 0.85: 1, 0.7: 1})
     gate = {0.02: 1, 0.008: 1, 0.002: 1}
     rows += sweep("SeerAttention unshared", "SeerGate", "threshold", gate)
     rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", gate, heads=4, span=None)
     rows += sweep("Oracle unshared", "Oracle", "mass", {0.98: 1, 0.93: 1, 0.8: 1})
-    return (*rows, *_beside(UNSHARED, 1, 1, (0.5, 0.18), (1,)), *_beside(PAPER.format(4), 4, None, (0.8, 0.3), (1, 2)))
+    return (
+        *rows,
+        *_beside(UNSHARED, 1, 1, (0.25, 0.08), (1,)),
+        *_beside(PAPER.format(4), 4, None, (0.6, 0.25), (1, 2)),
+    )
 
 
 def _beside(family: str, heads: int, span: int | None, alphas: Sequence[float], first: Sequence[int]) -> list[Row]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks.fidelity.methods import Methods, exact, is_exact, paged, register, unpacked
+from benchmarks.fidelity.methods import Methods, paged, register, unpacked
 from benchmarks.fidelity.plans import Row
 from benchmarks.testbed.answers import prefill
 from compactattn import (
@@ -94,7 +94,7 @@ def probe(methods: Methods, row: Row, windows: Sequence[np.ndarray], chunk: int)
     tokens = torch.from_numpy(np.stack(windows)).to(methods.device)
     model, before = methods.model, methods.model.config._attn_implementation
     prober = _Prober(methods, row, tallies, tokens.shape[1])
-    register(PROBE_NAME, prober.forward)
+    register(PROBE_NAME, prober.attention)
     model.set_attn_implementation(PROBE_NAME)
     try:
         prefill(model, tokens, DynamicCache(config=model.config), chunk)
@@ -123,33 +123,23 @@ class _Prober:
         else:
             self.selectors = [Dense()] * methods.layers
 
-    def forward(
-        self,
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **_: object,
-    ) -> tuple[Tensor, None]:
-        assert attention_mask is None
-        if is_exact(query, key):
-            return exact(module, query, key, value, scaling), None
+    def attention(
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> Tensor:
         q, kv, batch = paged(query, key, value)
         if self.row.settings.get("dense_last_blocks"):
             lengths = [[size] * batch.size for size in (query.shape[2], key.shape[2], self.length)]
             batch = PrefillBatch.from_lens(lengths[0], lengths[1], q.device, lengths[2])
         everything = build_table(unite(select(q, kv, batch, Dense()), batch, heads_per_group=1))
-        dense, dense_lse = attend(q, kv, batch, everything, scale=scaling, return_lse=True)
+        dense, dense_lse = attend(q, kv, batch, everything, scale=scale, return_lse=True)
         given: BlockTable | QuokaSelection
         if self.row.kind == "quoka":
-            out, given, read = self._quoka(q, kv, batch, scaling)
+            out, given, read = self._quoka(q, kv, batch, scale)
         else:
-            out, given, read = self._blocks(int(module.layer_idx), q, kv, batch, scaling)  # type: ignore[arg-type]
-        shares = coverage(q, kv, batch, given, scale=scaling, dense_lse=dense_lse)
+            out, given, read = self._blocks(int(module.layer_idx), q, kv, batch, scale)  # type: ignore[arg-type]
+        shares = coverage(q, kv, batch, given, scale=scale, dense_lse=dense_lse)
         self.tallies[int(module.layer_idx)].add(read, shares, output_error(out, dense))  # type: ignore[arg-type]
-        return unpacked(out, query), None
+        return unpacked(out, query)
 
     def _blocks(
         self, layer: int, q: Tensor, kv: PagedKV, batch: PrefillBatch, scale: float | None

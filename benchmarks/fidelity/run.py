@@ -187,8 +187,8 @@ def _model_record(directory: Path, methods: Methods) -> dict[str, Any]:
     record: dict[str, Any] = {
         "weights": hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()[:16]
     }
-    gate = methods.gate_file
-    record["gate"] = hashlib.sha256(gate.read_bytes()).hexdigest()[:16] if gate.exists() else None
+    gate = methods.gate_file.read_bytes() if methods.gate_file is not None and methods.has_gates else None
+    record["gate"] = None if gate is None else hashlib.sha256(gate).hexdigest()[:16]
     record["parameters"] = sum(p.numel() for p in methods.model.parameters())
     record["dtype"] = str(methods.model.dtype).removeprefix("torch.")
     training = directory / RECORD_FILE
