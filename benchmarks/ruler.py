@@ -18,7 +18,8 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def rows(group: int, alpha: float) -> dict[str, Row]:
 def run(options: Options) -> int:
     """Measure, print the table, write JSON; 0."""
     harness = _harness()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    with _one_line("--model"):
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     longest = model.config.max_position_embeddings
     if max(options.lengths) > longest:
@@ -136,7 +138,8 @@ def run(options: Options) -> int:
         name = options.tokenizer or options.model
         if name == "bytes":
             name = str(save_byte_tokenizer(Path(directory)))
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with _one_line("--tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name)
         for length in options.lengths:
             todo = [
                 row for row in chosen.values() if row.name not in result["absent"] and not _has(result, row, length)
@@ -179,6 +182,17 @@ def _opened(options: Options, alpha: float, chosen: dict[str, Row], methods: Met
 
 def _has(result: dict[str, Any], row: Row, length: int) -> bool:
     return any((cell["method"], cell["length"]) == (row.name, length) for cell in result["cells"])
+
+
+@contextmanager
+def _one_line(option: str) -> Iterator[None]:
+    """What transformers says of a model that it cannot get is an error of use."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{option}: expected what transformers can load, got: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _harness() -> Any:

@@ -161,5 +161,7 @@ def test_the_harness_from_end_to_end(
         ruler.run(replace(options, resume=True, limit=2))
     with pytest.raises(ValueError, match="--lengths: expected at most 32768, the model's positions, got 65536"):
         ruler.run(replace(options, lengths=(65536,)))
+    with pytest.raises(ValueError, match="--model: expected what transformers can load, got: "):
+        ruler.run(replace(options, model=str(options.out / "absent")))
     with pytest.raises(ValueError, match=r"--tasks: expected some of .*niah_single_1.*, got 'mmlu'"):
         ruler.run(replace(options, tasks=("mmlu",)))

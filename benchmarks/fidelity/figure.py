@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ def draw_accuracy(result: Record, path: Path) -> None:
     figure, panels, settings = _panels(result)
     for panel, (context, chunk) in zip(panels, settings, strict=False):
         found = points(result, context, chunk)
-        _sweeps(panel, found, lambda point: point.mean(NEEDLE_TASKS))
+        _sweeps(panel, result, found, lambda point: point.mean(NEEDLE_TASKS))
         if DENSE in found:
             panel.axhline(found[DENSE].mean(NEEDLE_TASKS), color="black", linewidth=0.8, label="dense")
         title = f"{tokens(context)}, chunk {chunk}: needle tasks"
         panel.set(title=title, xlabel="density of the past", ylabel="share of right words", ylim=(-0.03, 1.03))
-    finish(figure, panels, result, path)
+    finish(figure, panels, result, path, one_legend=True)
 
 
 def draw_bits(result: Record, path: Path) -> None:
@@ -35,10 +36,10 @@ def draw_bits(result: Record, path: Path) -> None:
             ratio = None if dense is None else bits_ratio(point, dense)
             return float("nan") if ratio is None else ratio[0]
 
-        _sweeps(panel, found, over_dense)
+        _sweeps(panel, result, found, over_dense)
         title = f"{tokens(context)}, chunk {chunk}: held-out text"
         panel.set(title=title, xlabel="density of the past", ylabel="bits per byte ÷ dense")
-    finish(figure, panels, result, path)
+    finish(figure, panels, result, path, one_legend=True)
 
 
 def _panels(result: Record) -> tuple[Any, Any, list[tuple[int, int]]]:
@@ -51,13 +52,18 @@ def _panels(result: Record) -> tuple[Any, Any, list[tuple[int, int]]]:
     return figure, panels, settings
 
 
-def _sweeps(panel: Any, found: dict[str, Point], value: Any) -> None:
-    """A line per family over its sweep; families with a change are dotted, the control is a cross."""
+def _sweeps(panel: Any, result: Record, found: dict[str, Point], value: Any) -> None:
+    """A line per family over its sweep, of one colour in every panel; the control is a cross.
+
+    Families with a change (dense layers, mean correction and so on) have tables of their own.
+    """
+    names = [name for name in dict.fromkeys(row["family"] for row in result["rows"].values()) if " + " not in name]
     for family, sweep in families(found).items():
-        if family == DENSE or sweep[0].row["selector"] == "Dense":
-            continue
-        style = "kx" if family == CONTROL else "o:" if " + " in family else "o-"
-        lines(panel, {family: [(point.density, value(point)) for point in sweep]}, style)
+        if family in names and sweep[0].row["parameter"]:
+            points_of = [(point.density, value(point)) for point in sweep]
+            lines(panel, {family: points_of}, f"C{names.index(family) % 10}o-")
+    if CONTROL in found and not math.isnan(found[CONTROL].density):
+        lines(panel, {CONTROL: [(found[CONTROL].density, value(found[CONTROL]))]}, "kx")
     panel.set_xscale("log")
 
 

@@ -171,7 +171,7 @@ def fixed_rows() -> list[Row]:
     forced = {"top_k": 0, "sink_blocks": SINK_BLOCKS, "window_blocks": WINDOW_BLOCKS}
     return [
         Row(DENSE, DENSE, "dense", 0),
-        Row(CONTROL, CONTROL, "library", 1, "Oracle", forced),
+        Row(CONTROL, CONTROL, "library", 0, "Oracle", forced),
         Row("dense through the library", "dense through the library", "library", 2, "Dense"),
     ]
 

@@ -107,7 +107,7 @@ def _verdicts(result: Record) -> list[str]:
         lines += ["", "**The control fails on no task as it must: these tasks measure nothing on this model.**"]
     elif not all(good.values()):
         bad = "; ".join(_where(*pair) for pair, tasks in good.items() if not tasks)
-        lines += ["", f"**Nothing is measured at {bad}.**"]
+        lines += ["", f"**Nothing is known to be measured at {bad}.**"]
     head = ("", "score", "task", "items", "control", "dense", "verdict")
     return [*lines, "", *table(head, rows)]
 
@@ -136,7 +136,11 @@ def _goals_section(result: Record) -> list[str]:
         (one.what, f"{'≤' if one.most else '≥'} {one.bound:g}", measured, "yes" if one.met else "**no**")
         for one, measured in targets
     ]
-    return table(("", "goal", "measured (95 %)", "met"), rows)
+    body = table(("", "goal", "measured (95 %)", "met"), rows)
+    words = (
+        "The best row and the best family are picked on the items that they are then judged on, which flatters them."
+    )
+    return [words, "", *body] if body else []
 
 
 def _quoka_targets(found: dict[str, Point], where: str) -> list[tuple[Target, str]]:

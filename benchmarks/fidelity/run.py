@@ -4,6 +4,10 @@
     python3 -m benchmarks fidelity --preset h200 --corpus out/stdlib.zip --resume   # again and again until all is there
     python3 -m benchmarks report benchmarks/results/fidelity-h200.json
 
+The corpus is `python3 -m benchmarks.testbed.corpus --out out/stdlib.zip`, made where Python has its whole library. The
+model is the committed one, or `--weights DIRECTORY`; it should be trained on the tasks (`testbed.train_tasks`) and have
+gates (`testbed.train_gate`), and the report says where it is not or has none.
+
 A cell is one row over one stage's context, chunk and items. The JSON is rewritten after every cell; `--resume` keeps
 the cells that it has. No cell begins that is not expected to end within `--budget-seconds`.
 """
