@@ -550,19 +550,22 @@ def test_ranges_of_items_are_put_together() -> None:
 
 def test_the_goals_are_judged_in_numbers() -> None:
     words = report.markdown(made(lineup()), [])
-    goals = [line for line in words.splitlines() if line.startswith("| 16K: ")]
-    best, bits, first, second = goals
+    goals = [line for line in words.splitlines() if line.startswith("| 16K")]
+    best, in_chunk, bits, first, second, *others = goals
     assert "alpha 0.8, density 0.100) less dense" in best
     assert "≥ -0.5 | -20.0 (" in best
     assert best.endswith("**no** |")
+    assert in_chunk == best.replace("greedy", "in chunk")  # the made up scores are the same
     assert "1.2000 (1.2000 to 1.2000) | **no** |" in bits
     assert "FlashPrefill unshared less QUOKA: kv_ratio 0.1, both at density 0.100" in first
     assert "+60.0 (" in first
     assert first.endswith("yes |")
     assert "+35.0 (" in second  # between 0.8 at 0.1 and 1.0 at 0.3 it has 0.95 at 0.25
+    assert others == [line.replace("greedy", "in chunk") for line in (first, second)]
     rows = lineup()
     rows[UNSHARED.name] = (UNSHARED, 0.1, 1.0)
-    met = [line for line in report.markdown(made(rows), []).splitlines() if line.startswith("| 16K: ")]
+    met = [line for line in report.markdown(made(rows), []).splitlines() if line.startswith("| 16K")]
+    assert len(met) == 7
     assert all(line.endswith("| yes |") for line in met)
 
 
