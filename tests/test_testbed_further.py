@@ -243,6 +243,8 @@ def test_rounding_keeps_an_eighth_and_zero() -> None:
     assert float(((again - values).abs() / values.abs()).max()) <= 1 / 8
     assert torch.equal(checkpoint.widened(*checkpoint.rounded(again)), again)
     assert torch.equal(checkpoint.widened(*checkpoint.rounded(torch.zeros(3))), torch.zeros(3))
+    tiny = torch.tensor([1e-37, 1e-40])
+    assert checkpoint.widened(*checkpoint.rounded(tiny)).tolist() == pytest.approx([1e-37, 0.0], rel=0.13)
 
 
 # ---- legs ----

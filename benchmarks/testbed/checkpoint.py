@@ -109,7 +109,7 @@ def check_belongs(directory: Path, record: dict[str, Any], ours: dict[str, Any])
     Raises:
         ValueError: an entry of `ours` that the record does not have, or has otherwise.
     """
-    for name, value in ours.items():
+    for name, value in json.loads(json.dumps(ours)).items():  # as it came back from the file
         if record.get(name) != value:
             raise ValueError(f"{directory}: expected {name} {value}, got {record.get(name)}")
 
@@ -213,7 +213,8 @@ def rounded(tensor: Tensor) -> tuple[Tensor, int]:
     off, and those under 2^-32 become 0.
     """
     largest = float(tensor.abs().max())
-    exponent = math.frexp(largest)[1] - 15 if largest > 0 else 0  # the largest lands in [2^14, 2^15), of 57344
+    # the largest lands in [2^14, 2^15), of 57344; float32 has no factor for moments that are all but nothing
+    exponent = max(math.frexp(largest)[1] - 15, -120) if largest > 0 else 0
     return torch.ldexp(tensor, torch.tensor(-exponent, device=tensor.device)).to(torch.float8_e5m2), exponent
 
 
