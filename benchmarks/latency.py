@@ -85,7 +85,7 @@ def run(options: Options) -> int:
     listed = matching(chosen.cases, options.cases, options.only)
     if not listed:
         raise ValueError(f"--cases: expected a part of a case's name, such as {chosen.cases[0].name}, got no match")
-    with _threads(options.threads if device == "cpu" else torch.get_num_threads()):
+    with torch_threads(options.threads if device == "cpu" else torch.get_num_threads()):
         result, path = _measured(options, chosen, device, listed)
     from benchmarks.report_terminal import terminal_table
 
@@ -95,7 +95,8 @@ def run(options: Options) -> int:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch runs on so many threads of the CPU inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
