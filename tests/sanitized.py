@@ -22,30 +22,31 @@ from compactattn._triton.hopper_rule import why_not_hopper
 
 Record = TypeVar("Record", PagedKV, PrefillBatch, BlockTable, KVSummary)
 
-HEADS, KV_HEADS = 4, 2
+HEADS = 4
 
-#: name: (query lengths, sequence lengths, page size, block size, query block, head dimension, dtype)
+#: name: (query lengths, sequence lengths, page size, block size, query block, KV heads, head dimension, dtype)
 STEPS = {
-    "long, a dense request among sparse ones": ([150, 1, 40], [2100, 700, 40], 128, 128, 128, 128, torch.bfloat16),
-    "small pages": ([129, 3], [600, 515], 16, 128, 128, 64, torch.float16),
-    "small blocks": ([70], [450], 64, 64, 128, 128, torch.bfloat16),
-    "large pages": ([70], [700], 256, 128, 128, 128, torch.bfloat16),
-    "general kernel": ([70, 2], [330, 130], 32, 64, 64, 80, torch.bfloat16),
-    "float32": ([40], [290], 16, 64, 64, 64, torch.float32),
+    "long, a dense request among sparse ones": ([150, 1, 40], [2100, 700, 40], 128, 128, 128, 2, 128, torch.bfloat16),
+    "small pages": ([129, 3], [600, 515], 16, 128, 128, 2, 64, torch.float16),
+    "small blocks": ([70], [450], 64, 64, 128, 2, 128, torch.bfloat16),
+    "large pages": ([70], [700], 256, 128, 128, 2, 128, torch.bfloat16),
+    "as many KV heads": ([150, 7], [2000, 900], 128, 128, 128, 4, 128, torch.float16),
+    "general kernel": ([70, 2], [330, 130], 32, 64, 64, 2, 80, torch.bfloat16),
+    "float32": ([40], [290], 16, 64, 64, 2, 64, torch.float32),
 }
 
 
 def run_step(name: str) -> str:
     """One step under several selectors and groupings; what ran the attention, after the comparison."""
-    q_lens, seq_lens, page_size, block_size, query_block, dim, dtype = STEPS[name]
+    q_lens, seq_lens, page_size, block_size, query_block, kv_heads, dim, dtype = STEPS[name]
     generator = torch.Generator().manual_seed(0)
     width = -(-max(seq_lens) // page_size)
     pages = torch.randperm(width * len(q_lens), generator=generator).int().view(len(q_lens), width)
-    k, v = torch.randn(2, pages.numel(), page_size, KV_HEADS, dim, generator=generator).to("cuda", dtype)
+    k, v = torch.randn(2, pages.numel(), page_size, kv_heads, dim, generator=generator).to("cuda", dtype)
     q = torch.randn(sum(q_lens), HEADS, dim, generator=generator).to("cuda", dtype)
     kv, batch = PagedKV(k, v, pages.cuda()), PrefillBatch.from_lens(q_lens, seq_lens, "cuda", prompt_lens=seq_lens)
     blocks = {"block_size": block_size, "query_block": query_block}
-    fine, coarse = (1, 1), (2, None)
+    fine, coarse = (1, 1), (HEADS // kv_heads, None)
     for selector, (heads, span), correction in (
         (FlashPrefill(alpha=0.9, sink_blocks=1, window_blocks=1, dense_last_blocks=1, **blocks), fine, False),
         (FlashPrefill(alpha=0.9, sink_blocks=1, window_blocks=1, dense_keys=700, **blocks), coarse, True),
@@ -74,7 +75,7 @@ def run_step(name: str) -> str:
 def _run_features(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch, selector: Dense, bound: float) -> None:
     """Soft-capping, a window, sinks and counters, over FP8 pages where queries have 16 bits; then a merge."""
     if q.dtype != torch.float32:
-        scales = torch.tensor([0.5, 2.0], device="cuda"), torch.tensor([1.5, 0.75], device="cuda")
+        scales = [torch.linspace(*ends, kv.num_kv_heads, device="cuda") for ends in ((0.5, 2.0), (1.5, 0.75))]
         k, v = ((x.float() / s[:, None]).to(torch.float8_e4m3fn) for x, s in zip((kv.k, kv.v), scales, strict=True))
         kv = PagedKV(k, v, kv.page_table, *scales)
     sinks, counters = torch.linspace(-1, 1, HEADS, device="cuda"), DensityCounters.zeros(1, "cuda")

@@ -345,9 +345,13 @@ def test_check_reads_scales() -> None:
 def refusals() -> dict[str, tuple[dict[str, Any], str]]:
     sinks = torch.zeros(4)
     return {
-        "softcap of 0": ({"softcap": 0.0}, r"softcap: expected a finite number above 0, or None, got 0.0"),
-        "infinite softcap": ({"softcap": math.inf}, r"softcap: expected a finite number .*, got inf"),
-        "softcap that is a flag": ({"softcap": True}, r"softcap: expected a finite number .*, got True"),
+        "softcap of 0": ({"softcap": 0.0}, r"softcap: expected a number above 0 and at most 1.7\S*, or None, got 0.0"),
+        "softcap of 2e38": (
+            {"softcap": 2e38},
+            r"softcap: expected a number above 0 and at most 1.7\S*, or None, got 2",
+        ),
+        "infinite softcap": ({"softcap": math.inf}, r"softcap: expected a number above 0 .*, got inf"),
+        "softcap that is a flag": ({"softcap": True}, r"softcap: expected a number above 0 .*, got True"),
         "window of 0": ({"window": 0}, r"window: expected an int of at least 1, got 0"),
         "window pair": ({"window": (3, 0)}, r"window: expected an int of at least 1, got \(3, 0\)"),
         "half sinks": ({"sinks": sinks.half()}, r"sinks: expected dtype torch.float32, got torch.float16"),

@@ -26,6 +26,9 @@ from compactattn import (
     summarize,
     unite,
 )
+from tests.strategies import Geometry
+from tests.strategies import make_step as make_random_step
+from tests.test_selection import assert_selection
 
 pytestmark = pytest.mark.gpu
 
@@ -54,7 +57,7 @@ def make_step(
 
 
 def call(q: Tensor, kv: PagedKV, batch: PrefillBatch, summary: KVSummary | None = None, **options: Any) -> Tensor:
-    out = prefill(q, kv, batch, selector=SELECTOR, heads_per_group=2, summary=summary, **options)
+    out = prefill(q, kv, batch, heads_per_group=2, summary=summary, **({"selector": SELECTOR} | options))
     assert isinstance(out, Tensor)
     return out
 
@@ -286,6 +289,27 @@ def in_fp8(kv: PagedKV) -> PagedKV:
     return PagedKV(k, v, kv.page_table, *scales)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_scores_of_any_group(group: int, dim: int) -> None:
+    """Heads are scored together where they pair up; 16-bit dtypes that differ in nothing else do not share a kernel."""
+    selector = FlashPrefill(alpha=0.02, sink_blocks=0, window_blocks=0)
+    for dtype in (torch.bfloat16, torch.float16):
+        geometry = Geometry((300, 1, 129), (9000, 700, 2000), 2, group, dim, 128, 128, 128, dtype=dtype)
+        step = make_random_step(geometry, "cuda", coherent=True)
+        mask = select(step.q, step.kv, step.batch, selector).mask
+        assert_selection(step, selector, mask)
+        assert 0.2 < float(mask[0].float().mean()) < 0.8
+
+
+def test_no_query_within_the_bounds() -> None:
+    """A step without rows, as a server's idle rank runs it, selects nothing and writes nothing."""
+    q, kv, batch, summary = make_step([300, 1], [4096, 700])
+    idle = replace(batch, cu_seqlens_q=torch.zeros_like(batch.cu_seqlens_q))
+    assert call(q[:0], kv, idle, summary).shape == (0, HEADS, DIM)
+    assert not bool(select(q[:0], kv, idle, SELECTOR, summary=summary).mask.any())
+
+
 def test_features_in_a_graph() -> None:
     """Sinks, soft-capping, a window, an FP8 cache and counters: no synchronisation, captured once, replayed."""
     from compactattn._triton import replay
@@ -294,7 +318,8 @@ def test_features_in_a_graph() -> None:
     kv, counters = in_fp8(kv), DensityCounters.zeros(2, "cuda")
     summary = summarize(kv, batch, block_size=128)
     sinks = torch.randn(HEADS, device="cuda")
-    how: dict[str, Any] = {"softcap": 20.0, "window": 1500, "sinks": sinks}
+    choosy = replace(SELECTOR, alpha=0.99)  # random keys are much alike
+    how: dict[str, Any] = {"softcap": 20.0, "window": 1500, "sinks": sinks, "selector": choosy}
     replay._recordings.clear()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -73,9 +73,10 @@ def test_a_side_that_saw_nothing_changes_no_bit(backend: Backend) -> None:
     assert torch.equal(lse[5], torch.full_like(lse[5], -math.inf))
 
 
-def test_order_of_the_sides(backend: Backend) -> None:
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_order_of_the_sides(backend: Backend, dtype: torch.dtype) -> None:
     """Merging is commutative, bit for bit."""
-    a, b = states(HALF, backend.device)
+    a, b = states(dtype, backend.device)
     for one, other in zip(backend.merge_attn_states(*a, *b), backend.merge_attn_states(*b, *a), strict=True):
         assert torch.equal(one, other)
 

@@ -31,12 +31,15 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def _specialisation(arg: object) -> object:
     """What Triton compiles a runtime argument into: its type, whether 16 divides it, whether it is 1.
 
-    Finer than Triton where a kernel declines to specialise: then several keys hold one compiled kernel.
+    Finer than Triton where a kernel declines to specialise: then several keys hold one compiled kernel. Of a tensor
+    descriptor the dtype counts: the launcher's caller may have no other argument that says it.
     """
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if type(arg) is int:
         return arg == 1, arg % 16 == 0, -0x80000000 <= arg < 0x80000000
+    if hasattr(arg, "block_shape"):
+        return type(arg), arg.base.dtype
     return type(arg)
 
 
@@ -51,7 +54,8 @@ def launch(
 ) -> None:
     """`kernel[grid](*args, **constants, **options)`; the constants are the kernel's last parameters, in their order.
 
-    The options, and the boxes and layouts of tensor descriptors, follow from the constants. The device is current.
+    The options, and the boxes and layouts of tensor descriptors, follow from the constants and dtypes. The device is
+    current.
 
     `overlap` is for kernels with a last parameter OVERLAP: true on Hopper and later, where the kernel starts while its
     predecessor ends (programmatic dependent launch). Such a kernel calls `gdc_wait` before it reads what a kernel of

@@ -95,4 +95,5 @@ def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
             constants={"HEADS": heads, "DIM": dim, "DIM_PADDED": padded, "ROWS": rows},
             device=out.device,
             num_warps=4,
+            enable_fp_fusion=False,  # a product inside an addition would not be rounded: the order would matter
         )

@@ -277,7 +277,7 @@ def flash_prefill_scores(
     means = block_means(kv, batch, selector.block_size, q.dtype, summary)
     stride = -(-kv_blocks // 16) * 16  # aligned rows
     refusal = why_not_hopper(capability(q.device), q.dtype, dim, selector.query_block)
-    if refusal is None and scale > 0 and tma_strides(q):
+    if refusal is None and scale > 0 and q.shape[0] and tma_strides(q):  # TMA has no descriptor of nothing
         from compactattn._triton.hopper_scores import score_blocks
 
         log_s, part_max = score_blocks(q, means, batch, selector.block_size, scale, stride, MAX_PARTS)
