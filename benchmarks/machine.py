@@ -12,6 +12,7 @@ import itertools
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,17 +24,18 @@ from compactattn import PagedKV
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 8192  # of the product that stands for the matrix units
 LONG = 2 * SIZE
+LATENCY_SOURCES = ("compactattn/**/*.py", "benchmarks/*.py")
 SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
-def sources(root: Path = ROOT) -> str:
+def sources(root: Path = ROOT, patterns: Sequence[str] = LATENCY_SOURCES) -> str:
     """A hash of every source file that a result depends on, for machines without git: 16 hexadecimal digits.
 
-    It covers compactattn/**/*.py and benchmarks/*.py, by relative path and content: `python -m benchmarks sources`
-    prints that of a checkout, so a result can be tied to the commit it came from.
+    It covers the files of the patterns, by relative path and content: `python -m benchmarks sources` prints that of a
+    checkout, so a result can be tied to the commit it came from.
     """
     digest = hashlib.sha256()
-    files = [*(root / "compactattn").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
+    files = {file for pattern in patterns for file in root.glob(pattern)}
     for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode())
@@ -41,7 +43,7 @@ def sources(root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
-def environment(device: str, commit: str | None = None) -> dict[str, object]:
+def environment(device: str, commit: str | None = None, patterns: Sequence[str] = LATENCY_SOURCES) -> dict[str, object]:
     """Versions, hardware, and which sources ran; `commit` is for machines that have no git."""
     found: dict[str, object] = {
         "compactattn": compactattn.__version__,
@@ -49,7 +51,7 @@ def environment(device: str, commit: str | None = None) -> dict[str, object]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         **_revision(commit),
-        "sources": sources(),
+        "sources": sources(patterns=patterns),
         "gpu": None,
     }
     if device == "cuda":

@@ -14,7 +14,7 @@ import torch
 from benchmarks import gate
 from benchmarks.cases import Case
 from benchmarks.contestants import step_field
-from benchmarks.measure import measure
+from benchmarks.measure import BRIEF, measure
 from benchmarks.workloads import (
     BLOCK,
     PUBLISHED_DENSITY,
@@ -101,7 +101,7 @@ def measured_prompt(case: Case, seconds: float, device: str, cold: bool) -> dict
         lineup = step_field(replace(case, peers=False), step, stages=False)
         if n in chosen[::SELECTION_CHECKED]:
             _check_selection(step)
-        rows, missing = measure(lineup, seconds, device, cold=cold, brief=True)
+        rows, missing = measure(lineup, seconds, device, cold=cold, rounds=BRIEF)
         absent |= missing
         density = {name: asdict(one) for name, one in lineup.measured.items()}
         chunks.append({"context": step.context, "stands_for": stands_for, "rows": _brief(rows), "density": density})

@@ -22,17 +22,41 @@ def load(path: Path) -> Record:
         FileNotFoundError: no such file.
         ValueError: not a result of `python -m benchmarks latency`.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a result of `python -m benchmarks latency`, got no file")
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(result, dict) or result.get("schema") not in (1, 2) or "cases" not in result:
+    result = read(path, "latency")
+    if result.get("schema") not in (1, 2) or "cases" not in result:
         raise ValueError(f"{path}: expected a latency result of schema 1 or 2, got something else")
     if result["schema"] == 1:  # one run, written at the top
         names = ("started", "environment", "ceilings", "seconds")
         result["runs"] = [{name: result[name] for name in names}]
+    return result
+
+
+def read(path: Path, command: str) -> Record:
+    """The JSON object in a file; empty for JSON of another kind.
+
+    Raises:
+        FileNotFoundError: no such file; the message names the command that makes one.
+        ValueError: not JSON.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a result of `python -m benchmarks {command}`, got no file")
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got: {error}") from error
+    return result if isinstance(result, dict) else {}
+
+
+def read_kind(path: Path, kind: str, schema: int) -> Record:
+    """A result that says of which kind and schema it is; `kind` is also the command's name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind or schema.
+    """
+    result = read(path, kind)
+    if (result.get("kind"), result.get("schema")) != (kind, schema):
+        raise ValueError(f"{path}: expected a {kind} result of schema {schema}, got something else")
     return result
 
 

@@ -54,12 +54,12 @@ def markdown(result: Record, pictures: list[str]) -> str:
     where = environment_of(result)
     known = ", ".join(f"{name} {value}" for name, value in where.items() if name != "gpu" and value is not None)
     lines = [f"# Latency, preset {result['preset']}", "", f"{where['gpu'] or 'CPU'}; {known}", ""]
-    lines += [*_machine_section(result), *(f"- {line}" for line in [*result["protocol"], *result["notes"]]), ""]
+    lines += [*machine_section(result), *(f"- {line}" for line in [*result["protocol"], *result["notes"]]), ""]
     lines += [f"![{name}]({name})\n" for name in pictures]
     for title, section in (
         *SECTIONS,
-        ("Kernels", _kernels_section),
-        ("Red gates, failures, absences", _absent_section),
+        ("Kernels", kernels_section),
+        ("Red gates, failures, absences", absent_section),
     ):
         body = section(result)
         if body:
@@ -67,7 +67,7 @@ def markdown(result: Record, pictures: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _machine_section(result: Record) -> list[str]:
+def machine_section(result: Record) -> list[str]:
     """The card's ceilings in every run, and what its sensors said."""
     lines = []
     for run in result["runs"]:
@@ -86,7 +86,7 @@ def _machine_section(result: Record) -> list[str]:
     return lines
 
 
-def _kernels_section(result: Record) -> list[str]:
+def kernels_section(result: Record) -> list[str]:
     """Which attention kernel ran in how many rows, and why it was not the faster one."""
     count: dict[str, int] = {}
     for record in result["cases"]:
@@ -95,7 +95,8 @@ def _kernels_section(result: Record) -> list[str]:
     return [f"- {kernel}: {rows} rows" for kernel, rows in count.items()]
 
 
-def _absent_section(result: Record) -> list[str]:
+def absent_section(result: Record) -> list[str]:
+    """Red gates, failed cases, and baselines that did not run, with their reasons."""
     lines: dict[str, list[str]] = {}
     for record in result["cases"]:
         if record["status"] != "ok":
