@@ -1,5 +1,5 @@
-"""`python -m benchmarks latency` and `ttft` measure; `python -m benchmarks report RESULT.json` turns a result into
-words; `python -m benchmarks sources` prints the hash that ties a result to the sources it came from."""
+"""`python -m benchmarks latency`, `ttft`, `fidelity` and `ruler` measure; `python -m benchmarks report RESULT.json`
+turns a result into words; `python -m benchmarks sources` prints the hash that ties a result to its sources."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latency.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     latency.set_defaults(run=_latency)
     _add_ttft(commands)
+    _add_fidelity(commands)
+    _add_ruler(commands)
     report = commands.add_parser("report", help="Markdown tables and figures from a result alone")
-    report.add_argument("result", type=Path, help="a JSON file that `latency` or `ttft` wrote")
+    report.add_argument("result", type=Path, help="a JSON file that `latency`, `ttft`, `fidelity` or `ruler` wrote")
     report.add_argument("--out", type=Path, help="directory for the .md and .png files (default: beside the result)")
     report.set_defaults(run=_report)
     sources = commands.add_parser("sources", help="the hash of this checkout's sources, as results record it")
-    sources.add_argument("--of", choices=("latency", "ttft"), default="latency", help="default: %(default)s")
+    sources.add_argument("--of", choices=("latency", "ttft", "fidelity"), default="latency", help="default: %(default)s")
     sources.set_defaults(run=_sources)
     parsed = parser.parse_args(arguments)
     try:
@@ -115,10 +117,79 @@ def _show_tracebacks() -> None:
     logging.getLogger("benchmarks").setLevel(logging.DEBUG)
 
 
+def _add_fidelity(commands: Any) -> None:
+    fidelity = commands.add_parser("fidelity", help="task accuracy and bits per byte of every method inside a model")
+    fidelity.add_argument("--preset", default="cpu", help="h200 or cpu (default)")
+    fidelity.add_argument("--out", type=Path, default=RESULTS, help="directory for fidelity-PRESET.json")
+    fidelity.add_argument("--weights", type=Path, help="directory of the model (default: the test bed's)")
+    fidelity.add_argument("--gate", type=Path, help="gate weights (default: seer_gate.safetensors beside the model)")
+    fidelity.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
+    fidelity.add_argument("--only", help="comma-separated parts of row names, or shell patterns")
+    fidelity.add_argument("--contexts", help="comma-separated contexts of the preset, such as 16384,32768")
+    fidelity.add_argument("--items", type=int, help="at most so many items per task")
+    fidelity.add_argument("--resume", action="store_true", help="keep the cells that the result in --out already has")
+    fidelity.add_argument("--commit", help="what to record as the commit on a machine without git")
+    fidelity.add_argument("--budget-seconds", type=float, help="begin no cell that would end after so long")
+    fidelity.add_argument("--device", choices=("cuda", "cpu"), help="instead of the preset's device")
+    fidelity.add_argument("--tokens-at-once", type=int, help="prompt tokens of one batch")
+    fidelity.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default 1)")
+    fidelity.add_argument("--list", action="store_true", help="print the plan and what it should take, and stop")
+    fidelity.set_defaults(run=_fidelity)
+
+
+def _fidelity(parsed: argparse.Namespace) -> int:
+    from benchmarks.fidelity import run
+
+    names = ("preset", "out", "gate", "corpus", "only", "contexts", "items", "resume", "commit", "budget_seconds")
+    given = {name: getattr(parsed, name) for name in (*names, "device", "tokens_at_once", "threads")}
+    if parsed.weights is not None:
+        given["weights"] = parsed.weights
+    options = run.Options(**given)
+    if parsed.list:
+        print(run.listed(options))
+        return 0
+    return run.run(options)
+
+
+def _add_ruler(commands: Any) -> None:
+    ruler = commands.add_parser("ruler", help="RULER by lm-evaluation-harness, beside the published figures")
+    ruler.add_argument("--model", required=True, help="a directory, or a name on the Hugging Face hub")
+    ruler.add_argument("--lengths", default="32768,65536,131072", help="comma-separated (default: %(default)s)")
+    ruler.add_argument("--out", type=Path, default=RESULTS, help="directory for ruler-NAME.json")
+    ruler.add_argument("--tokenizer", help="a directory or name, or bytes (default: the model's)")
+    ruler.add_argument("--tasks", help="comma-separated names of the harness (default: RULER's thirteen)")
+    ruler.add_argument("--methods", help="comma-separated (default: those of the published table)")
+    ruler.add_argument("--limit", type=int, help="items per task (default: the harness's 500)")
+    ruler.add_argument("--chunk", type=int, default=1024, help="tokens per prefill chunk (default: %(default)s)")
+    ruler.add_argument("--alpha", type=float, help="FlashPrefill's (default: the published one of the model's family)")
+    ruler.add_argument("--gate", type=Path, help="SeerAttention's gate weights, for the methods that need them")
+    ruler.add_argument("--chat-template", action="store_true", help="put prompts into the tokenizer's chat template")
+    ruler.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    ruler.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    ruler.add_argument("--resume", action="store_true", help="keep what the result in --out already has")
+    ruler.add_argument("--commit", help="what to record as the commit on a machine without git")
+    ruler.set_defaults(run=_ruler)
+
+
+def _ruler(parsed: argparse.Namespace) -> int:
+    from benchmarks import ruler
+
+    names = ("model", "out", "tokenizer", "limit", "chunk", "alpha", "gate", "chat_template", "device", "dtype")
+    given = {name: getattr(parsed, name) for name in (*names, "resume", "commit")}
+    given["lengths"] = ruler.parse_numbers(parsed.lengths)
+    given["tasks"] = ruler.parse_names(parsed.tasks, None)
+    given["methods"] = ruler.parse_names(parsed.methods, ruler.METHODS)
+    return ruler.run(ruler.Options(**given))
+
+
 def _report(parsed: argparse.Namespace) -> int:
     kind = _kind_of(parsed.result)
     if kind == "ttft":
         from benchmarks.ttft.report import write_report
+    elif kind == "fidelity":
+        from benchmarks.fidelity.report import write_report
+    elif kind == "ruler":
+        from benchmarks.ruler_report import write_report
     else:
         from benchmarks.report import write_report
 
@@ -137,9 +208,10 @@ def _kind_of(path: Path) -> str | None:
 
 
 def _sources(parsed: argparse.Namespace) -> int:
-    from benchmarks.machine import LATENCY_SOURCES, TTFT_SOURCES, sources
+    from benchmarks.machine import FIDELITY_SOURCES, LATENCY_SOURCES, TTFT_SOURCES, sources
 
-    print(sources(patterns=TTFT_SOURCES if parsed.of == "ttft" else LATENCY_SOURCES))
+    patterns = {"latency": LATENCY_SOURCES, "ttft": TTFT_SOURCES, "fidelity": FIDELITY_SOURCES}
+    print(sources(patterns=patterns[parsed.of]))
     return 0
 
 

@@ -36,16 +36,21 @@ def canvas(panels: int) -> tuple[Any, Any]:
     return pyplot.subplots(1, panels, figsize=(16, 4.6), constrained_layout=True)
 
 
-def finish(figure: Any, panels: Any, result: Record, path: Path) -> None:
-    """Grids, legends and a title, then the file."""
+def finish(figure: Any, panels: Any, result: Record, path: Path, *, one_legend: bool = False) -> None:
+    """Grids, legends (one below all panels, or one in each) and a title, then the file."""
     from matplotlib import pyplot
 
+    entries: dict[str, Any] = {}
     for panel in panels:
         panel.grid(alpha=0.3)
-        if panel.get_legend_handles_labels()[1]:
+        handles, labels = panel.get_legend_handles_labels()
+        entries.update(zip(labels, handles, strict=True))
+        if labels and not one_legend:
             panel.legend(fontsize=6)
-        else:
+        elif not labels:
             panel.text(0.5, 0.5, "no such cases in this result", ha="center", transform=panel.transAxes)
+    if one_legend and entries:
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=6, fontsize=8)
     where = records.environment_of(result)
     figure.suptitle(f"{where['gpu'] or 'CPU'}, torch {where['torch']}, compactattn {where['compactattn']}", fontsize=9)
     figure.savefig(path, dpi=120, metadata={"Software": None})  # which is the version of matplotlib

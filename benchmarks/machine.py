@@ -26,6 +26,7 @@ SIZE = 8192  # of the product that stands for the matrix units
 LONG = 2 * SIZE
 LATENCY_SOURCES = ("compactattn/**/*.py", "benchmarks/*.py")
 TTFT_SOURCES = (*LATENCY_SOURCES, "benchmarks/ttft/*.py")
+FIDELITY_SOURCES = ("compactattn/**/*.py", "benchmarks/fidelity/*.py", "benchmarks/testbed/*.py")
 SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
@@ -178,6 +179,7 @@ def attend_kernel(q: Tensor, kv: PagedKV, block_size: int, query_block: int) -> 
         "page_size": kv.page_size,
         "block_size": block_size,
         "query_block": query_block,
+        "features": (),
     }
     # the rule's parameters say what it depends on, and that differs between versions of the kernel
     refusal = why_not_hopper(**{name: problem[name] for name in inspect.signature(why_not_hopper).parameters})

@@ -3,7 +3,9 @@
 from compactattn.attention import attend
 from compactattn.check import check
 from compactattn.data import BlockTable, GateKeys, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
+from compactattn.density import DensityCounters, count_density
 from compactattn.grouping import Grouping, grouping_of
+from compactattn.merge import merge_attn_states
 from compactattn.pipeline import prefill, select_table
 from compactattn.seer_gate import load_seer_gates
 from compactattn.selection import select
@@ -17,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockTable",
     "Dense",
+    "DensityCounters",
     "FlashPrefill",
     "GateKeys",
     "GroupMask",
@@ -33,8 +36,10 @@ __all__ = [
     "attend",
     "build_table",
     "check",
+    "count_density",
     "grouping_of",
     "load_seer_gates",
+    "merge_attn_states",
     "prefill",
     "select",
     "select_table",

@@ -1,6 +1,7 @@
 """What to compare with: PyTorch's dense attention, and QUOKA (arXiv 2602.08722), which keeps tokens, not blocks.
 
-Plain PyTorch on any device, in bounded memory; reads lengths and counts on the host, once per call.
+Plain PyTorch on any device, in bounded memory; reads lengths and counts on the host, once per call. Requests of equal
+lengths are worked on together.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from compactattn.data import PagedKV, PrefillBatch
+from compactattn.requests import Requests, equal_requests, with_queries
 from compactattn.validation import (
     check_batch,
     check_cache,
@@ -26,7 +28,8 @@ from compactattn.validation import (
     resolve_scale,
 )
 
-_SCORES_AT_ONCE = 1 << 24  # entries of the largest temporary: 64 MiB in float32
+_SCORES_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}  # entries of the largest temporary: 64 or 512 MiB in float32
+_COPIED_AT_ONCE = 1 << 28  # entries of K that QUOKA's attention copies at a time, of one request at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,15 +90,28 @@ def quoka_select(
     check_fraction("kv_ratio", kv_ratio)
     kv_heads = kv.num_kv_heads
     kept = _kept_tokens(batch, kv_heads, kv_ratio, budget)
-    if ranking is None:
-        ranking = quoka_ranking(q, kv, batch, query_ratio=query_ratio)
+    given = None if ranking is None else dict(zip(with_queries(batch), ranking, strict=True))
     tokens = torch.zeros((batch.size, kv_heads, max(map(max, kept))), dtype=torch.int32, device=q.device)
-    for request, order in zip(_requests(batch), ranking, strict=True):
-        for h, count in enumerate(kept[request.index]):
-            if count > order.shape[1]:
-                raise fail("ranking", f"the {request.past_len} past tokens of each request", tuple(order.shape))
-            tokens[request.index, h, :count] = order[h, :count].sort().values
+    for requests in equal_requests(batch):
+        order = _ranked(q, kv, requests, query_ratio) if given is None else _stacked(given, requests)
+        counts = {count for number in requests.numbers for count in kept[number]}
+        if len(counts) == 1:
+            count = counts.pop()
+            tokens[requests.index(q.device), :, :count] = order[..., :count].sort(dim=-1).values.int()
+            continue
+        for number, its in zip(requests.numbers, order, strict=True):
+            for h, count in enumerate(kept[number]):
+                tokens[number, h, :count] = its[h, :count].sort().values
     return QuokaSelection(tokens, torch.tensor(kept, dtype=torch.int32, device=q.device))
+
+
+def _stacked(ranking: dict[int, Tensor], requests: Requests) -> Tensor:
+    """A caller's ranking of some requests: int64 [R, Hkv, past_len]."""
+    for number in requests.numbers:
+        if ranking[number].shape[-1] != requests.past_len:
+            wanted = f"the {requests.past_len} past tokens of each request"
+            raise fail("ranking", wanted, tuple(ranking[number].shape))
+    return torch.stack([ranking[number] for number in requests.numbers])
 
 
 def quoka_ranking(q: Tensor, kv: PagedKV, batch: PrefillBatch, *, query_ratio: float = 0.25) -> list[Tensor]:
@@ -112,15 +128,10 @@ def quoka_ranking(q: Tensor, kv: PagedKV, batch: PrefillBatch, *, query_ratio: f
     """
     _check_inputs(q, kv, batch)
     check_fraction("query_ratio", query_ratio)
-    ranking = []
-    for request in _requests(batch):
-        queries = q[request.rows].to(torch.promote_types(q.dtype, torch.float32))
-        if request.past_len == 0 or len(queries) == 0:
-            ranking.append(torch.zeros((kv.num_kv_heads, 0), dtype=torch.int64, device=q.device))
-            continue
-        slots = _representatives(queries, kv.num_kv_heads, sampled_queries(queries, query_ratio=query_ratio))
-        ranking.append(_token_scores(kv, request, slots).argsort(dim=-1, descending=True, stable=True))
-    return ranking
+    ranking: dict[int, Tensor] = {}
+    for requests in equal_requests(batch):
+        ranking.update(zip(requests.numbers, _ranked(q, kv, requests, query_ratio), strict=True))
+    return [ranking[number] for number in with_queries(batch)]
 
 
 def sampled_queries(q: Tensor, *, query_ratio: float = 0.25) -> Tensor:
@@ -139,8 +150,13 @@ def sampled_queries(q: Tensor, *, query_ratio: float = 0.25) -> Tensor:
     """
     check_tensor("q", q, ndim=3)
     check_fraction("query_ratio", query_ratio)
-    similarity = (normalize(q, dim=-1) * normalize(q.mean(0), dim=-1)).sum(-1)
-    return similarity.argsort(dim=0, stable=True)[: _share(query_ratio, len(q))]
+    return _least_ordinary(q[None], query_ratio)[0]
+
+
+def _least_ordinary(q: Tensor, query_ratio: float) -> Tensor:
+    """`sampled_queries` of several requests: [R, n, Hq, D] to int64 [R, count, Hq]."""
+    similarity = (normalize(q, dim=-1) * normalize(q.mean(1, keepdim=True), dim=-1)).sum(-1)
+    return similarity.argsort(dim=1, stable=True)[:, : _share(query_ratio, q.shape[1])]
 
 
 def quoka_attention(
@@ -162,16 +178,25 @@ def quoka_attention(
     _check_inputs(q, kv, batch)
     _check_selection(selection, kv, batch)
     group, out = q.shape[1] // kv.num_kv_heads, torch.zeros_like(q)
-    for request in _requests(batch):
-        counts = selection.counts[request.index].tolist()
-        equal = len(set(counts)) == 1
-        for first in range(0, kv.num_kv_heads, kv.num_kv_heads if equal else 1):
-            heads = torch.arange(first, kv.num_kv_heads if equal else first + 1, device=q.device)
-            positions = _given_tokens(selection, request, heads, counts[first])
-            k, v = (_gather(cache, kv, request, positions, heads[:, None]) for cache in (kv.k, kv.v))
-            columns = slice(first * group, (first + len(heads)) * group)
-            out[request.rows, columns] = causal_attention(q[request.rows, columns], k, v, scale=scale)
+    counts = selection.counts.tolist()
+    for requests in equal_requests(batch):
+        for part, heads, count in _equal_counts(requests, counts, kv.head_dim):
+            positions = _given_tokens(selection, part, torch.tensor(heads, device=q.device), count)
+            k, v = (_gather(cache, kv, part, positions, heads) for cache in (kv.k, kv.v))
+            columns = slice(heads[0] * group, (heads[-1] + 1) * group)
+            rows = part.rows(q.device)
+            out[rows, columns] = _sdpa(q[rows, columns].transpose(1, 2), k, v, scale).transpose(1, 2)
     return out
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Bottom-right causal attention: q [R, Hq, n, D], k and v [R, Hkv, m, D]."""
+    from torch.nn.attention.bias import causal_lower_right  # imports the compiler of PyTorch, which takes seconds
+
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    grouped = q.shape[1] != k.shape[1]
+    scale = resolve_scale(scale, q.shape[-1])
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -188,8 +213,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
     Raises:
         ValueError: wrong shapes.
     """
-    from torch.nn.attention.bias import causal_lower_right  # imports the compiler of PyTorch, which takes seconds
-
     for name, value in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, value, ndim=3)
     if k.shape[0] < 1 or q.shape[1] % k.shape[0]:
@@ -198,12 +221,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
         raise fail("k", f"at least the {q.shape[0]} keys of the queries themselves", f"{k.shape[1]} keys")
     check_shape("k", k, (*k.shape[:2], q.shape[2]), "Hkv, m, D of q")
     check_shape("v", v, tuple(k.shape), "that of k")
-    scale = resolve_scale(scale, q.shape[-1])
-    mask = causal_lower_right(q.shape[0], k.shape[1])
-    out = scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[0]
-    )
-    return out[0].transpose(0, 1)
+    return _sdpa(q.transpose(0, 1)[None], k[None], v[None], scale)[0].transpose(0, 1)
 
 
 def exact_lse(
@@ -228,42 +246,43 @@ def exact_lse(
     scale = resolve_scale(scale, q.shape[-1])
     group, dtype = q.shape[1] // kv.num_kv_heads, torch.promote_types(q.dtype, torch.float32)
     lse = torch.full(q.shape[:2], -math.inf, dtype=dtype, device=q.device)
-    for request in _requests(batch):
+    for request in (one for requests in equal_requests(batch) for one in requests.each()):
+        start, past_len, q_len = request.starts[0], request.past_len, request.q_len
         for h in range(kv.num_kv_heads):
             columns = slice(h * group, (h + 1) * group)
             head = torch.tensor([h], device=q.device)
             if selection is None:
-                positions = torch.arange(request.past_len + request.q_len, device=q.device)[None]
+                positions = torch.arange(past_len + q_len, device=q.device)[None, None]
             else:
-                positions = _given_tokens(selection, request, head, int(selection.counts[request.index, h]))
-            keys = _gather(kv.k, kv, request, positions, head[:, None])[0].to(dtype)
-            step = max(1, _SCORES_AT_ONCE // (group * len(keys)))
-            chunk = torch.arange(request.q_len, device=q.device)
+                count = int(selection.counts[request.numbers[0], h])
+                positions = _given_tokens(selection, request, head, count)
+            keys = _gather(kv.k, kv, request, positions, [h])[0, 0].to(dtype)
+            step = max(1, _scores_at_once(q) // (group * len(keys)))
+            chunk = torch.arange(q_len, device=q.device)
             for rows in chunk.split(step):
-                scores = q[request.rows.start + rows, columns].to(dtype) @ keys.T * scale
+                scores = q[start + rows, columns].to(dtype) @ keys.T * scale
                 hidden = chunk > rows[:, None]  # only the chunk, at the end of the keys, has tokens to hide
-                scores[..., -request.q_len :].masked_fill_(hidden[:, None], -math.inf)
-                lse[request.rows.start + rows, columns] = scores.logsumexp(-1)
+                scores[..., -q_len:].masked_fill_(hidden[:, None], -math.inf)
+                lse[start + rows, columns] = scores.logsumexp(-1)
     return lse
 
 
-@dataclass(frozen=True)
-class _Request:
-    """Request `index` on the host: its query rows in `q`, and its lengths."""
-
-    index: int
-    rows: slice
-    q_len: int
-    past_len: int
-
-
-def _requests(batch: PrefillBatch) -> Iterator[_Request]:
-    """The requests that have queries in this step."""
-    starts, seq_lens = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist()
-    for b, seq_len in enumerate(seq_lens):
-        q_len = starts[b + 1] - starts[b]
-        if q_len:
-            yield _Request(b, slice(starts[b], starts[b + 1]), q_len, seq_len - q_len)
+def _equal_counts(
+    requests: Requests, counts: list[list[int]], head_dim: int
+) -> Iterator[tuple[Requests, list[int], int]]:
+    """Requests and KV heads that keep equally many tokens, as many at a time as may be copied: (part, heads, count)."""
+    together: dict[int, list[int]] = {}
+    kv_heads = len(counts[0])
+    for number in requests.numbers:
+        if len(set(counts[number])) == 1:
+            together.setdefault(counts[number][0], []).append(number)
+        else:
+            for h, count in enumerate(counts[number]):
+                yield requests.only([number]), [h], count
+    for count, numbers in together.items():
+        size = max(1, _COPIED_AT_ONCE // (kv_heads * (count + requests.q_len) * head_dim))
+        for first in range(0, len(numbers), size):
+            yield requests.only(numbers[first : first + size]), list(range(kv_heads)), count
 
 
 def check_kind(name: str, value: object, *kinds: type) -> None:
@@ -278,6 +297,8 @@ def _check_inputs(q: Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
     check_kind("batch", batch, PrefillBatch)
     check_batch(q, batch)
     check_cache(kv, batch, q.device)
+    if kv.k_scale is not None:
+        raise fail("kv.k", "a cache of 16 bits or more (baselines and measures read no FP8)", kv.k.dtype)
     if q.shape[-1] != kv.head_dim or q.dtype != kv.k.dtype:
         raise fail("q", f"{kv.k.dtype} of head dimension {kv.head_dim}", f"{q.dtype} of {q.shape[-1]}")
     if q.shape[1] % kv.num_kv_heads:
@@ -308,39 +329,54 @@ def _kept_tokens(batch: PrefillBatch, kv_heads: int, kv_ratio: float, budget: in
         check_int("budget", budget, 0)
         wanted = [[budget] * kv_heads] * batch.size
     kept = [[0] * kv_heads for _ in range(batch.size)]
-    for request in _requests(batch):
-        b, past_len = request.index, request.past_len
-        if past_len:
+    for requests in equal_requests(batch):
+        past_len = requests.past_len
+        for b in requests.numbers if past_len else ():
             ratio = _share(kv_ratio, past_len)
             kept[b] = [ratio] * kv_heads if budget is None else [min(past_len, tokens) for tokens in wanted[b]]
     return kept
 
 
+def _ranked(q: Tensor, kv: PagedKV, requests: Requests, query_ratio: float) -> Tensor:
+    """The past tokens of each request, best first: int64 [R, Hkv, past_len]."""
+    if requests.past_len == 0:
+        return torch.zeros((len(requests.numbers), kv.num_kv_heads, 0), dtype=torch.int64, device=q.device)
+    queries = q[requests.rows(q.device)].to(torch.promote_types(q.dtype, torch.float32))
+    slots = _representatives(queries, kv.num_kv_heads, _least_ordinary(queries, query_ratio))
+    return _token_scores(kv, requests, slots).argsort(dim=-1, descending=True, stable=True)
+
+
 def _representatives(q: Tensor, kv_heads: int, chosen: Tensor) -> Tensor:
-    """QUOKA's averaged queries [Hkv, count, D], from the queries [n, Hq, D] of one request and the chosen ones."""
-    slots = normalize(q, dim=-1).gather(0, chosen[..., None].expand(-1, -1, q.shape[-1]))
-    return slots.view(len(chosen), kv_heads, -1, q.shape[-1]).mean(2).transpose(0, 1)
+    """QUOKA's averaged queries [R, Hkv, count, D], from queries [R, n, Hq, D] and the chosen ones [R, count, Hq]."""
+    slots = normalize(q, dim=-1).gather(1, chosen[..., None].expand(-1, -1, -1, q.shape[-1]))
+    return slots.unflatten(2, (kv_heads, -1)).mean(3).transpose(1, 2)
 
 
-def _token_scores(kv: PagedKV, request: _Request, slots: Tensor) -> Tensor:
-    """Each past token's largest mean cosine similarity to a slot, [Hkv, past_len]."""
-    heads = torch.arange(len(slots), device=slots.device)
-    step = max(1, _SCORES_AT_ONCE // slots[..., 0].numel())
+def _scores_at_once(tensor: Tensor) -> int:
+    return _SCORES_AT_ONCE["cuda" if tensor.is_cuda else "cpu"]
+
+
+def _token_scores(kv: PagedKV, requests: Requests, slots: Tensor) -> Tensor:
+    """Each past token's largest mean cosine similarity to a slot, [R, Hkv, past_len]."""
+    step = max(1, _scores_at_once(slots) // slots[..., 0].numel())
     parts = []
-    for positions in torch.arange(request.past_len, device=slots.device).split(step):
-        keys = normalize(_gather(kv.k, kv, request, positions[None], heads[:, None]).to(slots.dtype), dim=-1)
-        parts.append((slots @ keys.transpose(1, 2)).amax(1))
-    return torch.cat(parts, dim=1)
+    for positions in torch.arange(requests.past_len, device=slots.device).split(step):
+        gathered = _gather(kv.k, kv, requests, positions[None, None], list(range(slots.shape[1])))
+        keys = normalize(gathered.to(slots.dtype), dim=-1)
+        parts.append((slots @ keys.transpose(-1, -2)).amax(-2))
+    return torch.cat(parts, dim=-1)
 
 
-def _gather(cache: Tensor, kv: PagedKV, request: _Request, positions: Tensor, heads: Tensor) -> Tensor:
-    """Copy tokens of `kv.k` or `kv.v`: positions [., n] and KV heads [H, 1] broadcast, to [H, n, D]."""
-    pages = kv.page_table[request.index].long()[positions // kv.page_size]
-    return cache[pages, positions % kv.page_size, heads]
+def _gather(cache: Tensor, kv: PagedKV, requests: Requests, positions: Tensor, heads: list[int]) -> Tensor:
+    """Copy tokens of `kv.k` or `kv.v`: positions [R or 1, H or 1, n] of KV heads, to [R, H, n, D]."""
+    device = positions.device
+    request = requests.index(device)[:, None, None]
+    pages = kv.page_table[request, positions // kv.page_size].long()
+    return cache[pages, positions % kv.page_size, torch.tensor(heads, device=device)[:, None]]
 
 
-def _given_tokens(selection: QuokaSelection, request: _Request, heads: Tensor, count: int) -> Tensor:
-    """Positions that heads with equal counts see: the kept past, then the chunk; [len(heads), count + q_len]."""
-    past = selection.tokens[request.index, heads, :count].long()
-    chunk = torch.arange(request.past_len, request.past_len + request.q_len, device=past.device)
-    return torch.cat((past, chunk.expand(len(heads), -1)), dim=1)
+def _given_tokens(selection: QuokaSelection, requests: Requests, heads: Tensor, count: int) -> Tensor:
+    """Positions that heads of equal counts see: the kept past, then the chunk; [R, len(heads), count + q_len]."""
+    past = selection.tokens[requests.index(heads.device)[:, None], heads, :count].long()
+    chunk = torch.arange(requests.past_len, requests.past_len + requests.q_len, device=past.device)
+    return torch.cat((past, chunk.expand(*past.shape[:2], -1)), dim=-1)

@@ -10,6 +10,8 @@ from. The format is safetensors alone, so a file can be opened without running a
     text            uint8 [bytes]  optional, the prompt as it was before tokenisation
 
 and one metadata entry, `compactattn`: a JSON object with the format version and the fields of `Capture`.
+
+`load_capture` and `save_capture` hold a whole file in memory, `open_capture` and `capture_writer` a layer at most.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compactattn.files import TensorFile, replacing
 from compactattn.validation import DTYPES, fail
 
 FORMAT_VERSION = 1
@@ -137,63 +142,208 @@ def sample_path() -> Path:
     return Path(__file__).parent / "samples" / "stdlib.safetensors"
 
 
-def save_capture(path: str | os.PathLike[str], capture: Capture) -> None:
-    """Write `capture` to `path`; the same capture always gives the same bytes.
+@dataclass(frozen=True)
+class CaptureLayout:
+    """The tensors of a capture by their sizes: what decides how long a file is.
 
-    The file is written under another name in the same directory and then renamed, so nobody meets half a
-    file.
+    Attributes:
+        layers: layer numbers, ascending.
+        tokens, heads, kv_heads, head_dim: T, Hq, Hkv, D.
+        dtype: of queries, keys and values.
     """
-    from safetensors.torch import save
 
-    tensors = {name: tensor for layer in capture.layers for name, tensor in layer.tensors().items()}
-    if capture.token_ids is not None:
-        tensors["token_ids"] = capture.token_ids
-    if capture.text is not None:
-        tensors["text"] = torch.tensor(list(capture.text), dtype=torch.uint8)
+    layers: tuple[int, ...]
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each layer's tensors by their names in a file."""
+        heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
+        return {
+            f"layers.{layer}.{part}": (self.dtype, (self.tokens, heads[part], self.head_dim))
+            for layer in self.layers
+            for part in "qkv"
+        }
+
+    def nbytes(self) -> int:
+        """Bytes of these tensors: the file, but for its header, token ids and text."""
+        row = (self.heads + 2 * self.kv_heads) * self.head_dim * self.dtype.itemsize
+        return len(self.layers) * self.tokens * row
+
+
+@contextmanager
+def capture_writer(
+    path: str | os.PathLike[str],
+    layout: CaptureLayout,
+    *,
+    model: str,
+    source: str,
+    rope_theta: float,
+    scale: float | None = None,
+    token_ids: Tensor | None = None,
+    text: bytes | None = None,
+) -> Iterator[TensorFile]:
+    """Write a capture piece by piece: `append` the rows of each `layers.{i}.{q,k,v}` in the block.
+
+    The file appears when the block has ended and every row has been written, and not at all otherwise; see
+    `compactattn.files.replacing`. The same pieces always give the same bytes.
+
+    Args:
+        path: the file.
+        layout: its tensors.
+        model, source, rope_theta, scale, token_ids, text: as in `Capture`.
+
+    Raises:
+        ValueError: rows that do not fit or are not finite, or rows that are missing in the end.
+        OSError: the file cannot be written, or another process is writing it.
+    """
     header = {
         "version": FORMAT_VERSION,
-        "layers": [layer.layer for layer in capture.layers],
-        "model": capture.model,
-        "source": capture.source,
-        "rope_theta": capture.rope_theta,
-        "scale": capture.scale,
+        "layers": list(layout.layers),
+        "model": model,
+        "source": source,
+        "rope_theta": rope_theta,
+        "scale": scale,
     }
-    # Copies: safetensors refuses tensors that share memory, such as slices of one projection's output.
-    own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    others = {}
+    if token_ids is not None:
+        others["token_ids"] = token_ids
+    if text is not None:
+        others["text"] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.zeros(0).byte()
+    tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in others.items()} | layout.tensors()
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize))
     # One metadata entry only: safetensors keeps no order among several.
-    data = save(own, {_METADATA_KEY: json.dumps(header)})
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with replacing(path) as file:
+        writer = TensorFile(file, tensors, {_METADATA_KEY: json.dumps(header)})
+        for name, tensor in others.items():
+            writer.append(name, tensor)
+        yield writer
+        writer.check_complete()
+
+
+def save_capture(path: str | os.PathLike[str], capture: Capture) -> None:
+    """Write `capture` to `path`; the same capture always gives the same bytes, and nobody meets half a file."""
+    first = capture.layers[0]
+    numbers = tuple(layer.layer for layer in capture.layers)
+    tokens, heads, dim = first.q.shape
+    layout = CaptureLayout(numbers, tokens, heads, first.k.shape[1], dim, first.q.dtype)
+    with capture_writer(
+        path,
+        layout,
+        model=capture.model,
+        source=capture.source,
+        rope_theta=capture.rope_theta,
+        scale=capture.scale,
+        token_ids=capture.token_ids,
+        text=capture.text,
+    ) as writer:
+        for layer in capture.layers:
+            for name, tensor in layer.tensors().items():
+                writer.append(name, tensor)
+
+
+class CaptureFile:
+    """An open capture, read a layer at a time; see `open_capture`.
+
+    Attributes:
+        layers: the numbers of its layers, ascending.
+        tokens: T, the length of the prompt.
+        model, scale: as in `Capture`.
+    """
+
+    def __init__(self, file: Path, opened: Any) -> None:
+        self._file, self._opened = file, opened
+        self._header = _parse_header(opened.metadata() or {})
+        _check_names(self._header["layers"], list(opened.keys()))
+        self.layers: tuple[int, ...] = tuple(self._header["layers"])
+        shapes = [opened.get_slice(f"layers.{number}.q").get_shape() for number in self.layers[:1]]
+        if not shapes or len(shapes[0]) != 3:
+            raise fail("layers", "at least one, with queries [tokens, heads, D]", shapes)
+        self.tokens: int = shapes[0][0]
+        self.model: str = self._header["model"]
+        self.scale: float | None = self._header["scale"]
+
+    def layer(self, number: int) -> CapturedLayer:
+        """Read one layer.
+
+        Raises:
+            ValueError: tensors that do not belong together, or hold NaN or Inf.
+        """
+        with _blaming(self._file):
+            return self._layer(number)
+
+    def whole(self) -> Capture:
+        """Read everything.
+
+        Raises:
+            ValueError: contents that contradict each other.
+        """
+        with _blaming(self._file):
+            present = set(self._opened.keys())
+            token_ids, text = (
+                self._opened.get_tensor(name) if name in present else None for name in ("token_ids", "text")
+            )
+            if text is not None and (text.dtype != torch.uint8 or text.ndim != 1):
+                raise fail("text", "uint8 [bytes]", f"{text.dtype} {tuple(text.shape)}")
+            return Capture(
+                layers=tuple(self._layer(number) for number in self.layers),
+                model=self.model,
+                source=self._header["source"],
+                rope_theta=self._header["rope_theta"],
+                scale=self.scale,
+                token_ids=token_ids,
+                text=None if text is None else text.numpy().tobytes(),
+            )
+
+    def _layer(self, number: int) -> CapturedLayer:
+        return CapturedLayer(number, *(self._opened.get_tensor(f"layers.{number}.{part}") for part in "qkv"))
+
+
+@contextmanager
+def open_capture(path: str | os.PathLike[str]) -> Iterator[CaptureFile]:
+    """Open a capture to read its layers one by one; tensors arrive on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file. The message names the file, what was expected and what came.
+    """
+    from safetensors import safe_open
+
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: expected a capture file, got no file at all")
+    with ExitStack() as stack:
+        with _blaming(file):
+            capture = CaptureFile(file, stack.enter_context(safe_open(file, framework="pt", device="cpu")))
+        yield capture
+
+
+@contextmanager
+def _blaming(file: Path) -> Iterator[None]:
+    """Put the name of the file before the message of whatever is wrong with it."""
+    from safetensors import SafetensorError
+
     try:
-        unfinished.write_bytes(data)
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: expected a safetensors file, got: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def load_capture(path: str | os.PathLike[str]) -> Capture:
-    """Read a file that `save_capture` wrote; tensors arrive on the CPU.
+    """Read a whole capture; tensors arrive on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a file, or its contents contradict each other or hold NaN or Inf. The message
             names the file, what was expected and what came.
     """
-    from safetensors import SafetensorError, safe_open
-
-    file = Path(path)
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: expected a capture file, got no file at all")
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            header = _parse_header(opened.metadata() or {})
-            names = list(opened.keys())
-            _check_names(header["layers"], names)
-            return _from_tensors(header, {name: opened.get_tensor(name) for name in names})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: expected a safetensors file, got: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    with open_capture(path) as capture:
+        return capture.whole()
 
 
 def _parse_header(metadata: dict[str, str]) -> dict[str, Any]:
@@ -226,21 +376,6 @@ def _check_names(layers: list[int], names: list[str]) -> None:
     unknown = sorted(set(names) - {*required, "token_ids", "text"})
     if unknown:
         raise fail("tensors", f"only {', '.join([*required, 'token_ids', 'text'])}", ", ".join(unknown))
-
-
-def _from_tensors(header: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
-    text = tensors.get("text")
-    if text is not None and (text.dtype != torch.uint8 or text.ndim != 1):
-        raise fail("text", "uint8 [bytes]", f"{text.dtype} {tuple(text.shape)}")
-    return Capture(
-        layers=tuple(CapturedLayer(n, *(tensors[f"layers.{n}.{part}"] for part in "qkv")) for n in header["layers"]),
-        model=header["model"],
-        source=header["source"],
-        rope_theta=header["rope_theta"],
-        scale=header["scale"],
-        token_ids=tensors.get("token_ids"),
-        text=None if text is None else text.numpy().tobytes(),
-    )
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -26,13 +27,16 @@ def check(kv: PagedKV, batch: PrefillBatch, table: BlockTable | None = None, q: 
     Raises:
         ValueError: a decreasing `cu_seqlens_q` or one that does not start at 0, more queries than keys, lengths above
             `max_q_len`, `max_seq_len` or the page table's capacity, a prompt shorter than its sequence, a page id out
-            of range, or a row that is not strictly ascending, lists a block beyond the last one visible to a member,
-            lacks a block of the current region, or is unused but not empty; with `q` [T, Hq, D] also fewer rows than
-            `cu_seqlens_q` promises.
+            of range, a scale of an FP8 cache that is no finite number above 0, or a row that is not strictly ascending,
+            lists a block beyond the last one visible to a member, lacks a block of the current region, or is unused but
+            not empty; with `q` [T, Hq, D] also fewer rows than `cu_seqlens_q` promises.
+
+    A sliding window changes nothing here: a table lists the whole current region, and attention masks it.
     """
     check_cache(kv, batch, kv.k.device)
     _check_lengths(kv, batch)
     _check_pages(kv, batch)
+    _check_scales(kv)
     if q is not None:
         check_queries(q, kv, batch)
         check_rows_of_queries(q, batch)
@@ -70,6 +74,13 @@ def _check_pages(kv: PagedKV, batch: PrefillBatch) -> None:
     if len(bad):
         b, n = bad[0].tolist()
         raise fail(f"kv.page_table[{b}, {n}]", f"a page id from 0 to {kv.k.shape[0] - 1}", int(kv.page_table[b, n]))
+
+
+def _check_scales(kv: PagedKV) -> None:
+    for name, scale in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
+        for head, value in enumerate([] if scale is None else scale.tolist()):
+            if not 0 < value < math.inf:
+                raise fail(f"kv.{name}[{head}]", "a finite number above 0", value)
 
 
 def _check_table(kv: PagedKV, batch: PrefillBatch, table: BlockTable) -> None:

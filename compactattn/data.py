@@ -16,11 +16,13 @@ from torch import Tensor
 from compactattn.validation import (
     BLOCK_SIZES,
     DTYPES,
+    FP8,
     HEAD_DIMS,
     QUERY_BLOCKS,
     check_choice,
     check_int,
     check_same_device,
+    check_scales,
     check_shape,
     check_tensor,
     fail,
@@ -143,25 +145,29 @@ class PagedKV:
     """A paged KV cache, read in place.
 
     Attributes:
-        k, v: [num_pages, page_size, Hkv, D], float16, bfloat16 or float32; any strides, last dimension
+        k, v: [num_pages, page_size, Hkv, D], float16, bfloat16, float32 or float8_e4m3fn; any strides, last dimension
             contiguous. Token-major (NHD) and head-major (HND) caches are both views of this shape.
         page_table: int32 [B, max_pages]; page n of request b holds its tokens `n * page_size` onwards.
+        k_scale, v_scale: for a float8_e4m3fn cache, and only for one: float32 [Hkv] each, what a stored number of a
+            KV head is multiplied by, above 0; any stride, so that `scale.expand(Hkv)` gives all heads the same.
 
     Raises:
         ValueError: a wrong type, dtype, shape, stride or device, a head dimension outside 64, 80, 96, 128, 192,
-            256, a value dimension other than D, or a page size that is no power of two of at least 16.
+            256, a value dimension other than D, a page size that is no power of two of at least 16, wrong scales.
     """
 
     k: Tensor
     v: Tensor
     page_table: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_tensor("k", self.k, ndim=4)
         check_tensor("v", self.v, ndim=4)
         check_tensor("page_table", self.page_table, ndim=2, dtype=torch.int32)
-        if self.k.dtype not in (*DTYPES, torch.float64):  # float64 for the reference alone
-            raise fail("k", "dtype float16, bfloat16 or float32", self.k.dtype)
+        if self.k.dtype not in (*DTYPES, FP8, torch.float64):  # float64 for the reference alone
+            raise fail("k", "dtype float16, bfloat16, float32 or float8_e4m3fn", self.k.dtype)
         if self.v.shape[-1] != self.k.shape[-1]:
             raise fail("v", f"value dimension {self.k.shape[-1]}, the same as k's", self.v.shape[-1])
         check_shape("v", self.v, tuple(self.k.shape), "that of k")
@@ -178,6 +184,7 @@ class PagedKV:
         for name, tensor in (("k", self.k), ("v", self.v), ("page_table", self.page_table)):
             if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
                 raise fail(name, "a contiguous last dimension (stride 1)", f"strides {tensor.stride()}")
+        check_scales(self.k, self.k_scale, self.v_scale)
 
     @property
     def page_size(self) -> int:
@@ -192,7 +199,9 @@ class PagedKV:
         return self.k.shape[3]
 
     @classmethod
-    def from_contiguous(cls, k: Tensor, v: Tensor, page_size: int) -> PagedKV:
+    def from_contiguous(
+        cls, k: Tensor, v: Tensor, page_size: int, k_scale: Tensor | None = None, v_scale: Tensor | None = None
+    ) -> PagedKV:
         """See keys and values of shape [B, L, Hkv, D] as a paged cache.
 
         Any strides with a contiguous last dimension: [B, Hkv, L, D] caches transposed, slices of a longer cache.
@@ -200,7 +209,7 @@ class PagedKV:
         between requests, so `num_pages` can exceed B · L / page_size, and with it the size of a summary: up to one
         page per token for a slice of a longer cache whose length has no factor in common with `page_size`).
         Otherwise, and where k and v are laid out so differently that one page table cannot serve both, k and v are
-        copied once, padded with zeros.
+        copied once, padded with zeros. Scales as in `PagedKV`.
 
         Raises:
             ValueError: shapes that differ or are not 4-D, L = 0, or whatever `PagedKV` refuses.
@@ -231,6 +240,8 @@ class PagedKV:
             k.as_strided(shape, (page_stride_k, *k.stride()[1:])),
             v.as_strided(shape, (page_stride_v, *v.stride()[1:])),
             table,
+            k_scale,
+            v_scale,
         )
 
 

@@ -34,28 +34,28 @@ def as_json(report: DemoReport) -> dict[str, Any]:
 
 
 def _layer_json(layer: LayerReport) -> dict[str, Any]:
-    def covered(summary: CoverageSummary | None) -> dict[str, Any] | None:
-        if summary is None:
-            return None
-        return {
-            "mean": summary.mean.tolist(),
-            "worst": summary.worst.tolist(),
-            "below": summary.below.tolist(),
-            "threshold": summary.threshold,
-            "queries": summary.queries,
-        }
-
     return {
         "layer": layer.layer,
         "density": {name: _finite(value) for name, value in layer.cascade().densities().items()},
         "output_error": [_finite(value) for value in layer.error.tolist()],
         "quoka_output_error": [_finite(value) for value in layer.quoka_error.tolist()],
-        "coverage": covered(layer.coverage),
-        "quoka_coverage": covered(layer.quoka_coverage),
+        "coverage": None if layer.coverage is None else coverage_json(layer.coverage),
+        "quoka_coverage": None if layer.quoka_coverage is None else coverage_json(layer.quoka_coverage),
         "prefill_s": sum(chunk.prefill_s for chunk in layer.chunks),
         "quoka_s": sum(chunk.quoka_s for chunk in layer.chunks),
         "dense_s": sum(chunk.dense_s for chunk in layer.chunks),
         "chunks": [asdict(chunk) for chunk in layer.chunks],
+    }
+
+
+def coverage_json(summary: CoverageSummary) -> dict[str, Any]:
+    """Shares of 1 and counts of queries, lists over query heads."""
+    return {
+        "mean": summary.mean.tolist(),
+        "worst": summary.worst.tolist(),
+        "below": summary.below.tolist(),
+        "threshold": summary.threshold,
+        "queries": summary.queries,
     }
 
 
@@ -105,12 +105,12 @@ def _layer_text(layer: LayerReport, report: DemoReport) -> str:
     lines = [
         f"layer {layer.layer}",
         "  density of the past, average over the prompt (entries / visible past blocks, summed over all chunks) [%]:",
-        "    " + "  ->  ".join(f"{name} {_percent(value)}" for name, value in steps.items()),
+        "    " + "  ->  ".join(f"{name} {percent(value)}" for name, value in steps.items()),
         f"  block table: {rows} rows; blocks listed per row: mean {listed:.1f} of {visible:.1f} visible, longest "
         f"{longest.longest} of {longest.visible}",
     ]
     table = [["", "compactattn", "QUOKA, same budget", "dense"], *_comparison(layer, past), *_times(layer)]
-    return "\n".join([*lines, "", *_aligned(table)])
+    return "\n".join([*lines, "", *aligned(table)])
 
 
 def _comparison(layer: LayerReport, past: Sequence[ChunkReport]) -> list[list[str]]:
@@ -142,11 +142,11 @@ def _comparison(layer: LayerReport, past: Sequence[ChunkReport]) -> list[list[st
         ],
         [
             "coverage, mean over queries [%]",
-            _percent(float(ours.mean.mean())),
-            _percent(float(quoka.mean.mean())),
+            percent(float(ours.mean.mean())),
+            percent(float(quoka.mean.mean())),
             "100",
         ],
-        ["coverage, worst query [%]", _percent(float(ours.worst.min())), _percent(float(quoka.worst.min())), "100"],
+        ["coverage, worst query [%]", percent(float(ours.worst.min())), percent(float(quoka.worst.min())), "100"],
         [
             f"queries under {ours.threshold:.0%} coverage, of {pairs}",
             str(int(ours.below.sum())),
@@ -172,11 +172,12 @@ def _heads(count: int) -> str:
     return "1 head" if count == 1 else f"{count} heads"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share of 1 in percent, a dash for NaN."""
     return "-" if math.isnan(share) else f"{100 * share:.1f}"
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
+def aligned(table: list[list[str]]) -> list[str]:
     """The first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return [

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from compactattn.data import PagedKV
 from compactattn.validation import fail
 
 Backend = Literal["triton", "numba"]
@@ -36,6 +37,19 @@ def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
     elif chosen == "triton" and not has_triton():
         raise fail("backend", "an installed triton for CUDA tensors", "none")
     return chosen
+
+
+def check_cache_dtype(kv: PagedKV, backend: Backend) -> None:
+    """Refuse an FP8 cache where the GPU has no instruction that reads its numbers.
+
+    Raises:
+        ValueError: a float8_e4m3fn cache on a GPU of compute capability below 8.9.
+    """
+    if kv.k_scale is not None and backend == "triton" and kv.k.is_cuda:
+        major, minor = torch.cuda.get_device_capability(kv.k.device)
+        if (major, minor) < (8, 9):
+            wanted = "a cache of float16, bfloat16 or float32 on a GPU of compute capability below 8.9"
+            raise fail("kv.k", wanted, f"{kv.k.dtype} on {major}.{minor}")
 
 
 @functools.cache

@@ -10,13 +10,17 @@ scores go straight to tables, and no mask is ever written.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from compactattn import operators
 from compactattn.attention import run_attention
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import Backend, has_triton, resolve_backend
+from compactattn.density import check_counter, run_count
+from compactattn.dispatch import Backend, check_cache_dtype, has_triton, resolve_backend
+from compactattn.features import PLAIN, Features, check_correctable, check_features
 from compactattn.selection import select
-from compactattn.selectors import FlashPrefill, SeerGate, Selector, check_selector
+from compactattn.selectors import FlashPrefill, Oracle, SeerGate, Selector, check_selector
 from compactattn.summary import refresh
 from compactattn.table import build_table
 from compactattn.union import unite
@@ -28,6 +32,7 @@ from compactattn.validation import (
     check_queries,
     check_span,
     check_summary,
+    check_tensor,
     fail,
     resolve_scale,
 )
@@ -44,6 +49,10 @@ def prefill(
     scale: float | None = None,
     summary: KVSummary | None = None,
     correction: bool | KVSummary = False,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    density: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -66,7 +75,12 @@ def prefill(
         summary: key means kept beside the cache; brought up to date for this chunk first.
         correction: let the past blocks that a row leaves out speak through their means, see `attend`. True needs a
             summary with values; the summary itself means the same.
-        return_lse: also return the log-sum-exp, natural log, float32 [T, Hq].
+        softcap, window, sinks: features of the model's attention, see `attend`. The selection judges plain scores of
+            every visible block, whatever they are; `Oracle`, whose word is the exact mass, is refused beside them.
+        density: int64 [2], a layer's counters (`DensityCounters.of_layer`), to which the step adds what it reads. On a
+            GPU, steps with counters or features and steps over FP8 caches are launched kernel by kernel each time;
+            the launches of others are remembered and repeated, which costs the host less.
+        return_lse: also return the log-sum-exp, natural log, float32 [T, Hq]; see `attend` for sinks.
         out: where to write the result, [T, Hq, D].
         backend: None (by device), "triton" or "numba".
 
@@ -77,7 +91,17 @@ def prefill(
         ValueError: wrong shape, dtype, device or stride, or a backend that cannot run, before anything runs.
     """
     grouping = (heads_per_group, query_blocks_per_span)
+    if torch.compiler.is_compiling():
+        summary, correction = _corrected_by(summary, correction)
+        step = {"q": q, "kv": kv, "batch": batch, "selector": selector, "scale": scale, "summary": summary}
+        shared = {"heads_per_group": heads_per_group, "query_blocks_per_span": query_blocks_per_span}
+        model = {"softcap": softcap, "window": window, "sinks": sinks}
+        how = {"correction": correction, "density": density, "return_lse": return_lse, "out": out, "backend": backend}
+        return operators.call("prefill", **step, **shared, **model, **how)
     arguments = (q, kv, batch, selector, *grouping, scale, summary, correction, return_lse, out, backend)
+    if softcap is not None or window is not None or sinks is not None or density is not None:
+        check_tensor("q", q, ndim=3)
+        return _prefill(*arguments, check_features(softcap, window, sinks, q), density)
     if isinstance(q, Tensor) and q.is_cuda and has_triton():
         from compactattn._triton import replay
 
@@ -98,22 +122,39 @@ def _prefill(
     return_lse: bool,
     out: Tensor | None,
     backend: str | None,
+    features: Features = PLAIN,
+    density: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_out(out, q)
-    if isinstance(correction, KVSummary):
-        if summary is not None and summary is not correction:
-            raise fail("correction", "True, or the very summary that summary is", "another summary")
-        summary, correction = correction, True
-    if not isinstance(correction, bool):
-        raise fail("correction", "True, False or a KVSummary", repr(correction))
+    summary, correction = _corrected_by(summary, correction)
     if correction:
         if summary is None:
             raise fail("summary", "a summary with values, for correction=True", "None")
         check_selector(selector)
         check_summary(summary, kv, selector.block_size, values=True)
+        check_correctable(features)
+    if features is not PLAIN and isinstance(selector, Oracle):
+        judges = "FlashPrefill, XAttention, SeerGate or Dense beside softcap, window or sinks (the mass knows none)"
+        raise fail("selector", judges, repr(selector))
+    if density is not None:
+        check_counter("density", density, q.device)
     chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
     table = _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
-    return run_attention(q, kv, batch, table, scale, summary if correction else None, return_lse, out, chosen)
+    if density is not None:
+        run_count(table, batch, density, features.window, chosen)
+    means = summary if correction else None
+    return run_attention(q, kv, batch, table, scale, means, return_lse, out, chosen, features)
+
+
+def _corrected_by(summary: KVSummary | None, correction: bool | KVSummary) -> tuple[KVSummary | None, bool]:
+    """(the summary of a step, whether it corrects as well): a correction may be given as the summary itself."""
+    if isinstance(correction, KVSummary):
+        if summary is not None and summary is not correction:
+            raise fail("correction", "True, or the very summary that summary is", "another summary")
+        return correction, True
+    if not isinstance(correction, bool):
+        raise fail("correction", "True, False or a KVSummary", repr(correction))
+    return summary, correction
 
 
 def select_table(
@@ -129,6 +170,10 @@ def select_table(
     backend: str | None = None,
 ) -> BlockTable:
     """The first three stages of `prefill`, with its arguments: the block tables that it attends over."""
+    if torch.compiler.is_compiling():
+        step = {"q": q, "kv": kv, "batch": batch, "selector": selector, "scale": scale, "summary": summary}
+        shared = {"heads_per_group": heads_per_group, "query_blocks_per_span": query_blocks_per_span}
+        return operators.call("select_table", **step, **shared, backend=backend)
     chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
     return _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
 
@@ -154,7 +199,9 @@ def _check_step(
     check_span(query_blocks_per_span)
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
-    return resolve_backend(backend, q.device, q.dtype), resolve_scale(scale, q.shape[-1])
+    chosen = resolve_backend(backend, q.device, q.dtype)
+    check_cache_dtype(kv, chosen)
+    return chosen, resolve_scale(scale, q.shape[-1])
 
 
 def _table(

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compactattn import operators
 from compactattn.data import KVSummary, PagedKV, PrefillBatch, SelectionMask
-from compactattn.dispatch import Backend, resolve_backend
+from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
 from compactattn.selectors import Dense, FlashPrefill, SeerGate, Selector, XAttention, check_selector
 from compactattn.validation import check_blocks, check_queries, check_summary, resolve_scale
 
@@ -42,6 +43,9 @@ def select(
     Raises:
         ValueError: wrong shape, dtype, device or stride, or a backend that cannot run, before anything runs.
     """
+    if torch.compiler.is_compiling():
+        how = {"scale": scale, "summary": summary, "backend": backend}
+        return operators.call("select", q=q, kv=kv, batch=batch, selector=selector, **how)
     check_selector(selector)
     check_queries(q, kv, batch)
     check_blocks(kv, selector.block_size)
@@ -50,6 +54,7 @@ def select(
     if summary is not None:
         check_summary(summary, kv, selector.block_size)
     chosen = resolve_backend(backend, q.device, q.dtype)
+    check_cache_dtype(kv, chosen)
     scale = resolve_scale(scale, q.shape[-1])
     q_blocks, kv_blocks = batch.query_blocks(selector.query_block), batch.kv_blocks(selector.block_size)
     if q_blocks == 0:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compactattn import operators
 from compactattn.data import GateKeys, KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import Backend, resolve_backend
+from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
 from compactattn.selectors import SeerGate
 from compactattn.validation import (
     check_blocks,
@@ -55,6 +56,12 @@ def summarize(
     Raises:
         ValueError: wrong shape, dtype, device or contradictory lengths, before anything runs.
     """
+    if torch.compiler.is_compiling():
+        if summary is None:
+            summary = _empty_summary(kv, block_size, values, gate)
+            since = 0 if since is None else since
+        how = {"block_size": block_size, "values": values, "since": since, "backend": backend}
+        return operators.call("summarize", kv=kv, batch=batch, summary=summary, **how)
     check_readable(kv)
     if gate is not None:
         if not isinstance(gate, SeerGate):
@@ -64,6 +71,7 @@ def summarize(
     check_cache(kv, batch, kv.k.device)
     check_blocks(kv, block_size)
     chosen = resolve_backend(backend, kv.k.device)
+    check_cache_dtype(kv, chosen)
     if isinstance(since, Tensor):
         check_tensor("since", since, ndim=1, dtype=torch.int32)
         check_shape("since", since, (batch.size,), "one per request")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from compactattn import operators
 from compactattn.data import BlockTable, GroupMask
 from compactattn.dispatch import resolve_backend
 from compactattn.validation import check_record
@@ -20,6 +23,8 @@ def build_table(groups: GroupMask, *, backend: str | None = None) -> BlockTable:
     Raises:
         ValueError: another record than a GroupMask, or a backend that cannot run here.
     """
+    if torch.compiler.is_compiling():
+        return operators.call("build_table", groups=groups, backend=backend)
     check_record("groups", groups, "GroupMask")
     chosen = resolve_backend(backend, groups.keep.device)
     if chosen == "triton":

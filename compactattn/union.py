@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from compactattn import operators
 from compactattn.data import GroupMask, PrefillBatch, SelectionMask
 from compactattn.dispatch import resolve_backend
 from compactattn.grouping import pick_groups
@@ -42,6 +45,9 @@ def unite(
         ValueError: a mask that does not fit the batch, a group size that does not divide the heads, or "auto" for a
             mask that does not know its `kv_heads`.
     """
+    if torch.compiler.is_compiling():
+        shared = {"heads_per_group": heads_per_group, "query_blocks_per_span": query_blocks_per_span}
+        return operators.call("unite", selection=selection, batch=batch, **shared, backend=backend)
     check_grouping(selection, batch, heads_per_group, query_blocks_per_span)
     chosen = resolve_backend(backend, selection.mask.device)
     if chosen == "triton":

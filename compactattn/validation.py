@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Auto = Literal["auto"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FP8 = torch.float8_e4m3fn  # of a cache with scales; queries and results stay in 16 bits
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MAX_HEADS_PER_KV_HEAD = 16
 BLOCK_SIZES = (64, 128, 256)
@@ -81,6 +82,18 @@ def check_same_device(name: str, value: torch.Tensor, device: torch.device) -> N
         raise fail(name, f"device {device}, where the other tensors are", value.device)
 
 
+def check_scales(k: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> None:
+    """float32 [Hkv] each for an FP8 cache k [num_pages, page_size, Hkv, D], None for every other."""
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k.dtype == FP8:
+            check_tensor(name, scale, ndim=1, dtype=torch.float32)
+            assert scale is not None
+            check_shape(name, scale, (k.shape[2],), "one per KV head")
+            check_same_device(name, scale, k.device)
+        elif scale is not None:
+            raise fail(name, f"None for a cache of {k.dtype}", type(scale).__name__)
+
+
 def check_batch(q: torch.Tensor, batch: PrefillBatch) -> None:
     check_record("batch", batch, "PrefillBatch")
     check_tensor("q", q, ndim=3)
@@ -102,7 +115,10 @@ def check_queries(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
     check_batch(q, batch)
     if q.dtype not in DTYPES:
         raise fail("q", "dtype float16, bfloat16 or float32", q.dtype)
-    if q.dtype != kv.k.dtype:
+    if kv.k_scale is not None:
+        if q.dtype == torch.float32:
+            raise fail("q", "dtype float16 or bfloat16 over an FP8 cache", q.dtype)
+    elif q.dtype != kv.k.dtype:
         raise fail("q", f"the cache's dtype {kv.k.dtype}", q.dtype)
     if q.stride(-1) != 1 and q.shape[-1] > 1:
         raise fail("q", "a contiguous last dimension (stride 1)", f"strides {q.stride()}")
@@ -140,8 +156,8 @@ def _check_capacity(kv: PagedKV, batch: PrefillBatch, device: torch.device) -> N
 def check_readable(kv: PagedKV) -> None:
     """What the backends read: a dtype of theirs, without gradients (beside queries, `check_queries` sees to both)."""
     check_record("kv", kv, "PagedKV")
-    if kv.k.dtype not in DTYPES:
-        raise fail("kv.k", "dtype float16, bfloat16 or float32", kv.k.dtype)
+    if kv.k.dtype not in (*DTYPES, FP8):
+        raise fail("kv.k", "dtype float16, bfloat16, float32 or float8_e4m3fn", kv.k.dtype)
     if torch.is_grad_enabled() and (kv.k.requires_grad or kv.v.requires_grad):
         raise fail("k, v", "tensors without gradients (inference only)", "requires_grad=True under grad mode")
 
@@ -211,7 +227,7 @@ def check_span(query_blocks_per_span: object) -> None:
     check_int("query_blocks_per_span", query_blocks_per_span, 1)
 
 
-def check_heads_per_group(heads_per_group: object, heads: int, per_kv_head: int | None = None) -> None:
+def check_heads_per_group(heads_per_group: object, heads: int | None = None, per_kv_head: int | None = None) -> None:
     """`heads_per_group` adjacent heads share a row; where G is known they must lie in one KV group."""
     if heads_per_group == "auto":
         return
@@ -219,7 +235,7 @@ def check_heads_per_group(heads_per_group: object, heads: int, per_kv_head: int 
         raise fail("heads_per_group", "'auto' or an int of at least 1", repr(heads_per_group))
     check_int("heads_per_group", heads_per_group, 1)
     assert isinstance(heads_per_group, int)
-    if heads % heads_per_group:
+    if heads is not None and heads % heads_per_group:
         raise fail("heads_per_group", f"a divisor of the {heads} query heads", heads_per_group)
     if per_kv_head is not None and per_kv_head % heads_per_group:
         raise fail("heads_per_group", f"a divisor of the {per_kv_head} query heads per KV head", heads_per_group)
@@ -242,12 +258,13 @@ def check_table(table: BlockTable, q: torch.Tensor, kv: PagedKV, batch: PrefillB
         raise fail("table.indices", f"{blocks} columns = Kb of the batch", table.indices.shape[1])
 
 
-def check_out(out: torch.Tensor | None, q: torch.Tensor) -> None:
-    check_tensor("q", q, ndim=3)
+def check_out(out: torch.Tensor | None, q: torch.Tensor, name: str = "q") -> None:
+    """A tensor to write to, beside the input `q` [T, H, D] whose name is given; None is fine."""
+    check_tensor(name, q, ndim=3)
     if out is None:
         return
     check_tensor("out", out, ndim=3, dtype=q.dtype)
-    check_shape("out", out, tuple(q.shape), "that of q")
+    check_shape("out", out, tuple(q.shape), f"that of {name}")
     check_same_device("out", out, q.device)
     if out.stride(-1) != 1:
         raise fail("out", "a contiguous last dimension (stride 1)", f"strides {out.stride()}")
@@ -258,7 +275,7 @@ def check_out(out: torch.Tensor | None, q: torch.Tensor) -> None:
                 raise fail("out", "rows that do not overlap", f"strides {out.stride()}")
             reach += stride * (size - 1)
     if _overlap(out, q):
-        raise fail("out", "memory apart from q's", "an overlap")
+        raise fail("out", f"memory apart from {name}'s", "an overlap")
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -5,6 +5,8 @@ including float64. It uses the fields of the library's records and nothing else,
 """
 
 from reference.attention import attend
+from reference.density import count_density
+from reference.merge import merge_attn_states
 from reference.pipeline import prefill
 from reference.quality import (
     QuokaSelection,
@@ -24,8 +26,10 @@ __all__ = [
     "QuokaSelection",
     "attend",
     "build_table",
+    "count_density",
     "coverage",
     "density_cascade",
+    "merge_attn_states",
     "output_error",
     "past_tokens",
     "prefill",

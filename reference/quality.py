@@ -78,7 +78,7 @@ def quoka_select(
     kept: dict[tuple[int, int], list[int]] = {}
     for request in requests(batch):
         past = request.past_len if request.q_len else 0
-        keys = tokens(kv.k, kv, request)[:past].double()
+        keys = tokens("k", kv, request)[:past].double()
         for h in range(kv_heads):
             if budget is None:
                 count = min(past, max(1, math.ceil(kv_ratio * past - 1e-9)))
@@ -113,7 +113,7 @@ def quoka_attention(
     """Softmax attention of each query over its KV head's kept tokens and the visible part of the chunk."""
     out, group = torch.zeros_like(q), q.shape[1] // kv.k.shape[2]
     for request in requests(batch):
-        values = tokens(kv.v, kv, request).double()
+        values = tokens("v", kv, request).double()
         for h in range(q.shape[1]):
             scores = _scores(q, kv, request, h, scale)
             for i in range(request.q_len):
@@ -161,7 +161,7 @@ def _unit(vector: torch.Tensor) -> torch.Tensor:
 
 def _scores(q: torch.Tensor, kv: PagedKV, request: Request, head: int, scale: float | None) -> torch.Tensor:
     """Scaled scores of one head's queries in float64, [q_len, seq_len]; -inf for keys after the query."""
-    keys = tokens(kv.k, kv, request)[:, head // (q.shape[1] // kv.k.shape[2])].double()
+    keys = tokens("k", kv, request)[:, head // (q.shape[1] // kv.k.shape[2])].double()
     scores = q[request.start : request.start + request.q_len, head].double() @ keys.T
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     hidden = torch.ones_like(scores, dtype=torch.bool).triu(request.past_len + 1)

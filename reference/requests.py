@@ -50,10 +50,15 @@ def requests(batch: PrefillBatch) -> Iterator[Request]:
         yield Request(b, starts[b], starts[b + 1] - starts[b], seq_len, prompt_len)
 
 
-def tokens(cache: torch.Tensor, kv: PagedKV, request: Request, positions: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows of `cache` (kv.k or kv.v) at the given positions of a request, default all: [n, Hkv, D]."""
+def tokens(name: str, kv: PagedKV, request: Request, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows of kv.k or kv.v (name "k" or "v") at the given positions of a request, default all: [n, Hkv, D].
+
+    An FP8 cache holds numbers that count in units of their head's scale: the rows are then float32.
+    """
+    cache, scale = getattr(kv, name), getattr(kv, f"{name}_scale")
     if positions is None:
         positions = torch.arange(request.seq_len, device=cache.device)
     page_size = cache.shape[1]
     pages = kv.page_table[request.index].long()[positions // page_size]
-    return cache[pages, positions % page_size]
+    rows = cache[pages, positions % page_size]
+    return rows if scale is None else rows.float() * scale[:, None]

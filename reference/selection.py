@@ -138,7 +138,7 @@ def block_mass(
     dtype = torch.promote_types(q.dtype, torch.float32)
     mass = torch.zeros((len(batch.seq_lens), q.shape[1], q_blocks, kv_blocks), dtype=dtype, device=q.device)
     for request in requests(batch):
-        keys = _strided(tokens(kv.k, kv, request).to(dtype), stride).repeat_interleave(group, dim=1)
+        keys = _strided(tokens("k", kv, request).to(dtype), stride).repeat_interleave(group, dim=1)
         key_block = torch.arange(keys.shape[0], device=q.device) * stride // block_size
         for i, queries in enumerate(request.query_blocks(selector.query_block)):
             rows = q[request.start + queries.start : request.start + queries.stop].to(dtype)

@@ -43,11 +43,11 @@ def summarize(
             positions = torch.arange(start, min(start + unit, request.seq_len), device=kv.k.device)
             page = kv.page_table[request.index, start // page_size].long()
             slot = start % page_size // unit
-            summary.k_mean[page, slot] = tokens(kv.k, kv, request, positions).float().mean(0)
+            summary.k_mean[page, slot] = tokens("k", kv, request, positions).float().mean(0)
             if summary.v_mean is not None:
-                summary.v_mean[page, slot] = tokens(kv.v, kv, request, positions).float().mean(0)
+                summary.v_mean[page, slot] = tokens("v", kv, request, positions).float().mean(0)
             if summary.gate is not None:
-                keys = tokens(kv.k, kv, request, positions).transpose(0, 1)
+                keys = tokens("k", kv, request, positions).transpose(0, 1)
                 summary.gate.pooled[page, slot] = pooled_keys(keys, positions, summary.gate)
     return summary
 

@@ -23,7 +23,7 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class Backend:
-    """The six functions of SPEC section 3 and `select_table`, with what this implementation can be given."""
+    """The six functions of SPEC section 3 and those beside them, with what this implementation can be given."""
 
     name: str
     device: str
@@ -35,6 +35,8 @@ class Backend:
     attend: Callable[..., Any]
     prefill: Callable[..., Any]
     select_table: Callable[..., BlockTable]
+    merge_attn_states: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    count_density: Callable[..., None]
     shrink: bool = True
 
 
@@ -62,6 +64,7 @@ def compose_table(
 
 def _library(name: str, backend: str, device: str, sizes: Sizes, shrink: bool = True) -> Backend:
     names = ("summarize", "select", "unite", "build_table", "attend", "prefill", "select_table")
+    names += ("merge_attn_states", "count_density")
     functions = (functools.partial(getattr(compactattn, function), backend=backend) for function in names)
     return Backend(name, device, sizes, *functions, shrink=shrink)
 
@@ -97,6 +100,8 @@ REFERENCE = Backend(
     reference.attend,
     reference.prefill,
     functools.partial(compose_table, reference),
+    reference.merge_attn_states,
+    reference.count_density,
 )
 NUMBA = _library(
     "numba",

@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from compactattn import BlockTable, FlashPrefill, KVSummary, Oracle, PagedKV, PrefillBatch
+from compactattn.features import Features
 from compactattn.selection import BlockScores
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,7 +49,7 @@ class AbsentGPU:
 
 def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
     """Call one of the backend's launchers on tensors of the given shape."""
-    from compactattn._triton import attention, block_mass, launch, scores, summary, table, union
+    from compactattn._triton import attention, block_mass, density, launch, merge, scores, summary, table, union
 
     launch.capability = lambda _: divmod(arch, 10)  # the overlap of launches
     dtype = getattr(torch, p.get("dtype", "bfloat16"))
@@ -57,8 +58,11 @@ def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
     tokens = pages * page_size
     batch = PrefillBatch.from_lens([256], [tokens], prompt_lens=[tokens])
     q = torch.empty(256, kv_heads * group, dim, dtype=dtype)
-    k, v = torch.empty(2, pages, page_size, kv_heads, dim, dtype=dtype)
-    kv = PagedKV(k, v, torch.zeros(1, pages, dtype=torch.int32))
+    k, v = torch.empty(2, pages, page_size, kv_heads, dim, dtype=torch.float8_e4m3fn if p.get("fp8") else dtype)
+    scales = (torch.ones(kv_heads), torch.ones(kv_heads)) if p.get("fp8") else ()
+    kv = PagedKV(k, v, torch.zeros(1, pages, dtype=torch.int32), *scales)
+    sinks = torch.zeros(kv_heads * group) if p.get("sinks") else None
+    features = Features(p.get("softcap"), p.get("window"), sinks)
     q_blocks, kv_blocks = batch.query_blocks(query_block), batch.kv_blocks(block_size)
     rows = torch.zeros(1, q.shape[1], q_blocks, dtype=torch.int32)
     names = {"block_size": block_size, "query_block": query_block}
@@ -74,7 +78,7 @@ def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
         tuning = attention.attend_tuning
         capability = divmod(arch, 10)
         attention.attend_tuning = lambda d, t, page, qb, _, tma: tuning(d, t, page, qb, capability, tma)
-        attention.attend(q, kv, batch, blocks, dim**-0.5, out, lse)
+        attention.attend(q, kv, batch, blocks, dim**-0.5, out, lse, features)
         attention.attend_tuning = tuning
     elif launcher == "hopper scores":
         from compactattn._triton import hopper_scores
@@ -100,6 +104,12 @@ def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
         table.build_table(union.unite(SelectionMask(mask, **names), batch, group, 1))
     elif launcher == "mass":
         block_mass.block_mass(q, kv, batch, Oracle(mass=0.9, **names), stride=1, scale=dim**-0.5)
+    elif launcher == "merge":
+        merge.merge_attn_states(
+            out, torch.empty(q.shape[:2]), q, torch.empty(q.shape[:2]), out, torch.empty(q.shape[:2])
+        )
+    elif launcher == "density":
+        density.count_density(blocks, batch, torch.zeros(2, dtype=torch.int64), p.get("window"))
     else:
         raise ValueError(f"no launcher {launcher}")
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from compactattn import BlockTable, FlashPrefill, Oracle, SeerGate, Selector, XAttention
+from compactattn.features import PLAIN, Features
 from tests.strategies import Step, ceil_div
 
 ROUNDING = 2.0**-23
@@ -35,7 +36,13 @@ ORDERS, SAMPLES = 4, 192
 
 
 def softmax_attention(
-    step: Step, table: BlockTable, dtype: torch.dtype, scale: float, order: torch.Generator | None = None, few: int = 0
+    step: Step,
+    table: BlockTable,
+    dtype: torch.dtype,
+    scale: float,
+    features: Features = PLAIN,
+    order: torch.Generator | None = None,
+    few: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch attention under the table, in `dtype`: out [rows, Hq, D], lse [rows, Hq].
 
@@ -55,18 +62,27 @@ def softmax_attention(
         position = torch.arange(first, first + span.stop - span.start, device=device)
         key = torch.arange(first + len(position), device=device)
         key = key[listed[rows[b, :, i]].any(0)[key // g.block_size]]
+        if features.window is not None:
+            key = key[key > first - features.window]
         dim = torch.arange(g.dim, device=device)
         if order is not None:
             key = key[torch.randperm(len(key), generator=order).to(device)]
             dim = dim[torch.randperm(g.dim, generator=order).to(device)]
         seen = listed[rows[b, :, i]][:, key // g.block_size][:, None] & (key <= position[:, None])  # [Hq, rows, keys]
-        if len(key) == 0:
+        if features.window is not None:
+            seen &= key > position[:, None] - features.window
+        if len(key) == 0 and features.sinks is None:
             continue
         q, k, v = (x.to(dtype).transpose(0, 1) for x in (step.q[span], step.keys[b][key], step.values[b][key]))
         for h in range(g.heads):  # a product of its own for each head: a batch of them would sum in another order
-            s = (q[h][:, dim] @ k[h // g.group][:, dim].T * scale).masked_fill(~seen[h], -math.inf)
-            weights = s.softmax(-1).masked_fill(~seen[h].any(-1, keepdim=True), 0.0)
-            out[span, h] = weights @ v[h // g.group]
+            s = q[h][:, dim] @ k[h // g.group][:, dim].T * scale
+            if features.softcap is not None:
+                s = features.softcap * torch.tanh(s / features.softcap)
+            s = s.masked_fill(~seen[h], -math.inf)
+            if features.sinks is not None:
+                s = torch.cat((features.sinks[h].to(dtype).expand(len(s), 1), s), 1)
+            weights = s.softmax(-1).masked_fill((s == -math.inf).all(-1, keepdim=True), 0.0)
+            out[span, h] = weights[:, -len(key) :] @ v[h // g.group] if len(key) else 0.0
             lse[span, h] = s.logsumexp(-1)
     return out, lse
 
@@ -81,7 +97,12 @@ def query_blocks(step: Step) -> Iterator[tuple[int, int, slice]]:
 
 
 def assert_attention(
-    step: Step, table: BlockTable, out: Tensor, lse: Tensor | None = None, scale: float | None = None
+    step: Step,
+    table: BlockTable,
+    out: Tensor,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    features: Features = PLAIN,
 ) -> None:
     """SPEC 3.3: `out` (and `lse`) are as close to float64 as plain attention in the same dtype is, give or take 2."""
     g = step.geometry
@@ -93,18 +114,23 @@ def assert_attention(
         assert lse.dtype == torch.float32
         assert lse.shape == step.q.shape[:2]
         results["lse"] = lse[: step.rows]
-    exact = dict(zip(("out", "lse"), softmax_attention(step, table, torch.float64, scale), strict=True))
-    plain = dict(zip(("out", "lse"), softmax_attention(step, table, g.dtype, scale), strict=True))
+    exact = dict(zip(("out", "lse"), softmax_attention(step, table, torch.float64, scale, features), strict=True))
+    plain = dict(zip(("out", "lse"), softmax_attention(step, table, g.dtype, scale, features), strict=True))
     errors = {name: _worst(step, plain[name], exact[name]) for name in plain}
     if g.dtype == torch.float32 and any(_excess(step, x, exact[n], errors[n]) for n, x in results.items()):
-        errors = _repeated(step, table, scale, exact, errors)
+        errors = _repeated(step, table, scale, features, exact, errors)
     for name, result in results.items():
         excess = _excess(step, result, exact[name], errors[name])
         assert not excess, f"{name} of {excess}, in {g}"
 
 
 def _repeated(
-    step: Step, table: BlockTable, scale: float, exact: dict[str, Tensor], errors: dict[str, Tensor]
+    step: Step,
+    table: BlockTable,
+    scale: float,
+    features: Features,
+    exact: dict[str, Tensor],
+    errors: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """max|plain - o64| over plain attention with its keys and dimensions summed in other orders too, [B, Hq] each.
 
@@ -116,7 +142,7 @@ def _repeated(
     shortest = min((n for n in g.q_lens if n), default=SAMPLES)
     for n in range(1, max(ORDERS, ceil_div(SAMPLES, shortest)) + 1):
         few = max(g.q_lens) if n <= ORDERS else SAMPLES // n
-        plain = dict(zip(exact, softmax_attention(step, table, g.dtype, scale, order, few), strict=True))
+        plain = dict(zip(exact, softmax_attention(step, table, g.dtype, scale, features, order, few), strict=True))
         short = torch.tensor([length <= few for length in g.q_lens], device=step.q.device)[:, None]
         again = {name: _worst(step, plain[name], exact[name]) for name in plain}
         errors = {name: torch.where(short, torch.maximum(again[name], e), e) for name, e in errors.items()}

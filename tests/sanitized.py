@@ -17,7 +17,7 @@ import torch
 
 import compactattn
 import reference
-from compactattn import BlockTable, Dense, FlashPrefill, KVSummary, PagedKV, PrefillBatch, XAttention
+from compactattn import BlockTable, Dense, DensityCounters, FlashPrefill, KVSummary, PagedKV, PrefillBatch, XAttention
 from compactattn._triton.hopper_rule import why_not_hopper
 
 Record = TypeVar("Record", PagedKV, PrefillBatch, BlockTable, KVSummary)
@@ -66,8 +66,32 @@ def run_step(name: str) -> str:
             worst = (got.cpu().double() - expected.double()).abs().max() / expected.double().abs().max()
             if not worst <= bound:
                 raise SystemExit(f"{name}, {selector}, {grouping}: error {worst:.1e}, more than {bound:.1e}")
+    _run_features(q, kv, batch, Dense(**blocks), bound)
     refusal = why_not_hopper(torch.cuda.get_device_capability(), dtype, dim, query_block)
     return "Hopper kernel" if refusal is None else "general kernel"
+
+
+def _run_features(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch, selector: Dense, bound: float) -> None:
+    """Soft-capping, a window, sinks and counters, over FP8 pages where queries have 16 bits; then a merge."""
+    if q.dtype != torch.float32:
+        scales = torch.tensor([0.5, 2.0], device="cuda"), torch.tensor([1.5, 0.75], device="cuda")
+        k, v = ((x.float() / s[:, None]).to(torch.float8_e4m3fn) for x, s in zip((kv.k, kv.v), scales, strict=True))
+        kv = PagedKV(k, v, kv.page_table, *scales)
+    sinks, counters = torch.linspace(-1, 1, HEADS, device="cuda"), DensityCounters.zeros(1, "cuda")
+    how = {"selector": selector, "heads_per_group": 1, "softcap": 20.0, "window": 300, "return_lse": True}
+    out, lse = compactattn.prefill(q, kv, batch, sinks=sinks, density=counters.of_layer(0), **how)
+    counted = DensityCounters.zeros(1)
+    want = reference.prefill(
+        q.cpu(), _on_cpu(kv), _on_cpu(batch), sinks=sinks.cpu(), density=counted.of_layer(0), **how
+    )
+    merged = compactattn.merge_attn_states(out, lse, out, lse)
+    merged_want = reference.merge_attn_states(*want, *want)
+    for got, expected in zip((out, lse, *merged), (*want, *merged_want), strict=True):
+        worst = (got.cpu().double() - expected.double()).abs().max() / expected.double().abs().max()
+        if not worst <= bound:
+            raise SystemExit(f"features of models: error {worst:.1e}, more than {bound:.1e}")
+    if counters.counts.tolist() != counted.counts.tolist():
+        raise SystemExit(f"density counters: {counters.counts.tolist()}, not {counted.counts.tolist()}")
 
 
 def _on_cpu(record: Record) -> Record:

@@ -233,6 +233,29 @@ def _plant_edges(g: Geometry, b: int, q: Tensor, k: Tensor, v: Tensor, generator
             v[past_len + row + 1, kv_head] = 20.0 * torch.randn(g.dim, generator=generator).sign()
 
 
+def in_fp8(step: Step) -> Step:
+    """The step with its cache in FP8, a scale of its own for each KV head; `keys` and `values` are what that holds."""
+    generator = torch.Generator().manual_seed(step.geometry.seed + 2)
+
+    def scales() -> Tensor:
+        drawn = torch.rand(step.geometry.kv_heads, generator=generator) + 0.25
+        return drawn.to(step.q.device)
+
+    def stored(x: Tensor, scale: Tensor) -> Tensor:
+        return (x.float() / scale[:, None]).to(torch.float8_e4m3fn)
+
+    def cache(x: Tensor, scale: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=torch.float8_e4m3fn, device=x.device).copy_(
+            stored(x, scale)
+        )
+
+    k_scale, v_scale = scales(), scales()
+    kv = PagedKV(cache(step.kv.k, k_scale), cache(step.kv.v, v_scale), step.kv.page_table, k_scale, v_scale)
+    keys = [stored(k, k_scale).float() * k_scale[:, None] for k in step.keys]
+    values = [stored(v, v_scale).float() * v_scale[:, None] for v in step.values]
+    return replace(step, kv=kv, keys=keys, values=values)
+
+
 def poison(kv: PagedKV, geometry: Geometry, needed: Callable[[int, int, int], bool]) -> PagedKV:
     """A copy of the cache with NaN in each (request, KV head, KV block) that is not `needed`.
 
@@ -252,8 +275,8 @@ def poison(kv: PagedKV, geometry: Geometry, needed: Callable[[int, int, int], bo
     caches = []
     for cache in (kv.k, kv.v):
         copy = torch.empty_strided(cache.shape, cache.stride(), dtype=cache.dtype, device=cache.device)
-        caches.append(copy.copy_(cache.masked_fill(unread, float("nan"))))
-    return PagedKV(*caches, kv.page_table)
+        caches.append(copy.copy_(cache.float().masked_fill(unread, float("nan"))))
+    return replace(kv, k=caches[0], v=caches[1])
 
 
 def poison_tails(table: BlockTable) -> BlockTable:

@@ -215,7 +215,8 @@ CONSTRUCTORS = [
     case("lens-sum", lambda: lens([2**30] * 3, [2**30] * 3), "the sum of q_lens", "at most 2147483647", str(3 * 2**30)),
     case("int32", lambda: FlashPrefill(sink_blocks=2**31), "sink_blocks", "at most 2147483647", str(2**31)),
     case("block-float", lambda: Dense(block_size=64.0), "block_size", "one of 64, 128, 256", "64.0"),
-    case("fp8", lambda: make_kv(dtype=torch.float8_e4m3fn), "k", FLOATS, "torch.float8_e4m3fn"),
+    case("e5m2", lambda: make_kv(dtype=torch.float8_e5m2), "k", "float32 or float8_e4m3fn", "torch.float8_e5m2"),
+    case("fp8", lambda: make_kv(dtype=torch.float8_e4m3fn), "k_scale", "a torch.Tensor", "NoneType"),
     case("oracle-neither", Oracle, "Oracle", "exactly one of mass and top_k", "mass=None, top_k=None"),
     case("oracle-both", lambda: Oracle(0.5, 3), "Oracle", "exactly one of mass and top_k", "mass=0.5, top_k=3"),
 ]
@@ -286,7 +287,9 @@ STAGE_CASES = [
     *on(Q_STAGES, "q-grad", {"q": full(8, 2, 64).requires_grad_()}, "q, k, v", *GRAD),
     *on(Q_STAGES, "k-grad", grad_kv("k"), "q, k, v", *GRAD),
     *on(("summarize",), "kv-grad", grad_kv("k"), "k, v", *GRAD),
-    *on(("summarize",), "float64-cache", {"kv": make_kv(dtype=torch.float64)}, "kv.k", FLOATS, "torch.float64"),
+    *on(
+        ("summarize",), "float64-cache", {"kv": make_kv(dtype=torch.float64)}, "kv.k", "float8_e4m3fn", "torch.float64"
+    ),
     *on(Q_STAGES, "kv-device", {"kv": META["kv"]}, "kv", "device cpu", "meta"),
     *on(KV_STAGES, "batch-device", {"batch": META["batch"]}, "batch", "device cpu", "meta"),
     *on(KV_STAGES, "requests", {"batch": lens([5], [9])}, "kv.page_table", "1 rows", "2 rows"),

@@ -231,6 +231,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         "layers.4.v: expected finite",
     ),
     "shape": ({"layers.4.k": torch.zeros(TOKENS, 4, DIM).half()}, "layers.4.v: expected shape (37, 4, 64)"),
+    "a scalar": ({"layers.1.q": torch.tensor(1.0)}, "layers: expected at least one, with queries [tokens, heads, D]"),
     "integers": ({"layers.1.q": torch.zeros(TOKENS, HEADS, DIM).int()}, "layers.1.q: expected dtype float16"),
     "text": ({"text": torch.zeros(3)}, "text: expected uint8 [bytes], got torch.float32 (3,)"),
     "ids": (

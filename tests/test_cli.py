@@ -17,6 +17,7 @@ import torch
 import compactattn
 from compactattn import Dense, FlashPrefill, cli
 from compactattn.capture import Capture, CapturedLayer, save_capture
+from compactattn.cli import demo, info
 from compactattn.demo import DemoSettings, PagedPrompt, measure
 from compactattn.demo_text import as_json, as_text
 
@@ -65,7 +66,7 @@ def test_demo_prints_a_table_per_layer(capture_file, capsys):
     assert "6/6" in printed.err  # the progress bar: two layers of three chunks
 
 
-@pytest.mark.parametrize("selector", cli.SELECTORS)
+@pytest.mark.parametrize("selector", demo.SELECTORS)
 def test_demo_json_is_what_was_measured(selector, capture_file, capsys):
     found = run_json(capsys, "demo", "--capture", capture_file, "--selector", selector, "--chunk", "256")
     assert [layer["layer"] for layer in found["layers"]] == [2, 7]
@@ -196,7 +197,7 @@ def test_one_head_per_kv_head_needs_no_option(tmp_path, capsys):
 
 def test_no_command_is_an_error(capsys):
     assert cli.main([]) == 2
-    assert_one_line(capsys, "{demo,info}")
+    assert_one_line(capsys, "{demo,capture,tune,info}")
 
 
 def test_info_says_which_backends_work_and_why_others_do_not(capsys, monkeypatch):
@@ -217,7 +218,7 @@ def test_info_says_which_backends_work_and_why_others_do_not(capsys, monkeypatch
 def test_info_says_which_attention_kernel_a_gpu_runs_and_why(monkeypatch):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.6.0")
-    hopper, ampere = cli._triton_attention((9, 0)), cli._triton_attention((8, 0))
+    hopper, ampere = info._triton_attention((9, 0)), info._triton_attention((8, 0))
     assert hopper["bfloat16, head dimension 128, query blocks of 128"] == "warp-specialised Hopper kernel"
     assert "general kernel (query blocks" in hopper["bfloat16, head dimension 128, query blocks of 64"]
     assert all(kernel == "general kernel (compute capability 8.0, not 9.0)" for kernel in ampere.values())

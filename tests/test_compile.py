@@ -25,6 +25,11 @@ SMALL_PAGES: list[Problem] = [("attend", {"page": 16})]  # by pointers on every 
 SELECT: list[Problem] = [(stage, {}) for stage in ("scores", "update", "pooled", "union", "table")]
 SELECT.append(("table", {"heads": "auto", "span": "auto"}))
 
+#: what models ask for beside plain attention, in FP8, each variant a kernel of its own; and the small kernels beside
+MODEL: dict[str, Any] = {"softcap": 30.0, "window": 1000, "sinks": True}
+FEATURES: list[Problem] = [("attend", MODEL | {"fp8": True}), ("attend", {"fp8": True, "page": 16})]
+FEATURES += [("update", {"fp8": True}), ("merge", {}), ("density", {"window": 1000})]
+
 #: (registers, bytes of spill stores) per thread, at most. The file of an SM has 65,536 registers, a thread 255: the
 #: bounds are what so many programs at once leave, and spills none where measurement does not say otherwise.
 BOUNDS = {
@@ -35,6 +40,8 @@ BOUNDS = {
     "_compact_kernel": (64, 0),  # 128 threads, 8 programs
     "_table_from_scores_kernel": (255, 16),  # 128 threads, 2 programs; 16 members of a row by 1024 blocks at once
     "_union_sizes_kernel": (128, 0),  # 128 threads, 4 programs
+    "_merge_kernel": (64, 0),  # 128 threads, 8 programs
+    "_density_kernel": (64, 0),  # 128 threads; a program per 256 (head, query block) pairs
     "_plan_kernel": (255, 0),  # 128 threads; a program per 128 tiles never fills the GPU
     "_queue_kernel": (128, 0),  # 256 threads; the only program
 }
@@ -78,12 +85,22 @@ def attend_bound(problem: dict[str, Any]) -> tuple[int, int]:
         return 255, 0
     if problem.get("page") == 16:
         return 255, 168
+    if problem.get("window"):
+        return 255, 504
     return 255, 40 if problem.get("dim") == 64 else 480  # outside the loops mostly: locating and masking tiles
 
 
 @pytest.mark.parametrize("arch", SHARED, ids="sm_{}".format)
 def test_general_kernels(arch: int, tmp_path: Path) -> None:
-    problems = [*ATTEND, *(SMALL_PAGES if arch >= 90 else []), *SELECT]
+    assert_within_bounds(arch, [*ATTEND, *(SMALL_PAGES if arch >= 90 else []), *SELECT], tmp_path)
+
+
+def test_features_of_models(tmp_path: Path) -> None:
+    """Soft-capping, a window, sinks and FP8 pages, through TMA and by pointers, on the GPU that most servers have."""
+    assert_within_bounds(90, FEATURES, tmp_path)
+
+
+def assert_within_bounds(arch: int, problems: list[Problem], tmp_path: Path) -> None:
     too_much = []
     for (stage, problem), kernels in zip(problems, compile_kernels(arch, problems, tmp_path), strict=True):
         assert kernels

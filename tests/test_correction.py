@@ -11,7 +11,18 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compactattn import BlockTable, FlashPrefill, KVSummary, PagedKV, attend, prefill, summarize
+from compactattn import (
+    BlockTable,
+    FlashPrefill,
+    KVSummary,
+    PagedKV,
+    SelectionMask,
+    Selector,
+    attend,
+    prefill,
+    summarize,
+)
+from compactattn.features import PLAIN, Features
 from tests.backends import Backend, for_all
 from tests.laws import live
 from tests.numerics import ORDERS, SAMPLES, assert_as_close, query_blocks
@@ -25,7 +36,9 @@ from tests.strategies import (
     make_step,
     poison,
     poison_tails,
+    selectors,
 )
+from tests.test_selection import few_keys
 
 HALF, SINGLE = torch.float16, torch.float32
 FLASH = FlashPrefill(alpha=0.9, sink_blocks=0, window_blocks=0, block_size=64, query_block=64)
@@ -37,7 +50,11 @@ def table_of(backend: Backend, g: Geometry, kind: str) -> BlockTable:
 
 
 def corrected(
-    step: Step, table: BlockTable, dtype: torch.dtype, order: torch.Generator | None = None
+    step: Step,
+    table: BlockTable,
+    dtype: torch.dtype,
+    order: torch.Generator | None = None,
+    features: Features = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the row's visible tokens and the means of its left-out past blocks, over unpaged keys.
 
@@ -64,15 +81,21 @@ def corrected(
             k, v = (torch.cat((x, m[b][absent, h // g.group].to(dtype))) for x, m in zip((k, v), means, strict=True))
             weight[len(key) :] = math.log(g.block_size)
             hidden = torch.cat((hidden, torch.zeros(len(position), len(absent), dtype=torch.bool)), 1)
-            if not len(k):
+            if not len(k) and features.sinks is None:
                 continue
             dim = torch.arange(g.dim)
             if order is not None:
                 turn = torch.randperm(len(k), generator=order)
                 k, v, weight, hidden = k[turn], v[turn], weight[turn], hidden[:, turn]
                 dim = dim[torch.randperm(g.dim, generator=order)]
-            s = (q[span, h].to(dtype)[:, dim] @ k[:, dim].T * g.dim**-0.5 + weight).masked_fill(hidden, -math.inf)
-            seen = ~hidden.all(1, keepdim=True)
+            s = q[span, h].to(dtype)[:, dim] @ k[:, dim].T * g.dim**-0.5
+            if features.softcap is not None:
+                s = features.softcap * torch.tanh(s / features.softcap)
+            s = (s + weight).masked_fill(hidden, -math.inf)
+            if features.sinks is not None:
+                s = torch.cat((s, features.sinks[h].cpu().to(dtype).expand(len(s), 1)), 1)
+                v = torch.cat((v, v.new_zeros(1, g.dim)))
+            seen = ~(s == -math.inf).all(1, keepdim=True)
             out[span, h] = torch.where(seen, s.softmax(-1), 0.0).to(dtype) @ v
             lse[span, h] = s.logsumexp(-1)
     return out, lse
@@ -85,16 +108,16 @@ def mean(tokens: Tensor, g: Geometry, b: int, one_by_one: bool) -> Tensor:
     return sum(blocks.unbind(1)[1:], blocks[:, 0]) / g.block_size if one_by_one else blocks.mean(1)
 
 
-def assert_corrected(step: Step, table: BlockTable, out: Tensor, lse: Tensor) -> None:
+def assert_corrected(step: Step, table: BlockTable, out: Tensor, lse: Tensor, features: Features = PLAIN) -> None:
     """SPEC 3.3 for out and lse, per request and head.
 
     In float32, as in tests/numerics.py, the worst of several orders of summation counts; they are tried one by one.
     """
     g = step.geometry
-    exact = corrected(step, table, torch.float64)
+    exact = corrected(step, table, torch.float64, features=features)
     assert lse.dtype == SINGLE
     assert torch.equal(lse[: step.rows].cpu() == -math.inf, exact[1] == -math.inf)
-    plain = [corrected(step, table, g.dtype)]
+    plain = [corrected(step, table, g.dtype, features=features)]
     shortest = min((n for n in g.q_lens if n), default=SAMPLES)
     repeats = max(ORDERS, ceil_div(SAMPLES, shortest)) if g.dtype == SINGLE else 0
     generator = torch.Generator().manual_seed(g.seed)
@@ -105,7 +128,7 @@ def assert_corrected(step: Step, table: BlockTable, out: Tensor, lse: Tensor) ->
         except AssertionError:
             if n == repeats:
                 raise
-        plain.append(corrected(step, table, g.dtype, generator))
+        plain.append(corrected(step, table, g.dtype, generator, features))
 
 
 def assert_within(
@@ -154,13 +177,16 @@ def test_hard_places(backend: Backend, g: Geometry, kind: str) -> None:
     assert_corrected(step, table, out, lse)
 
 
-@for_all(examples=0.5, kind=st.sampled_from(MASKS))
-def test_without_correction_nothing_changes(backend: Backend, g: Geometry, kind: str) -> None:
-    """Off is unchanged bit for bit, and reads no means."""
-    step = make_step(g, backend.device)
-    table = table_of(backend, g, kind)
+@for_all(examples=0.5, selector=flash_prefill)
+def test_without_correction_nothing_changes(backend: Backend, g: Geometry, selector: FlashPrefill) -> None:
+    """Off is unchanged bit for bit: a summary with values serves selection alone, its value means may be anything."""
+    step = make_step(g, backend.device, coherent=True)
+    summary = backend.summarize(step.kv, step.batch, block_size=g.block_size, values=True)
+    table = backend.select_table(step.q, step.kv, step.batch, selector=selector, summary=summary, **g.grouping)
     expected = backend.attend(step.q, step.kv, step.batch, table, return_lse=True)
-    got = backend.attend(step.q, step.kv, step.batch, table, correction=None, return_lse=True)
+    summary.v_mean.fill_(math.nan)
+    how: dict[str, Any] = {"selector": selector, "summary": summary, "correction": False, **g.grouping}
+    got = backend.prefill(step.q, step.kv, step.batch, return_lse=True, **how)
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one[: step.rows], other[: step.rows])
 
@@ -178,22 +204,28 @@ def test_with_every_block_in_the_table_it_has_no_effect(backend: Backend, g: Geo
         assert torch.equal(one[: step.rows], other[: step.rows])
 
 
-@for_all(examples=0.5, kind=st.sampled_from(("empty", "sparse", "half")))
-def test_uniform_blocks_are_exact(backend: Backend, g: Geometry, kind: str) -> None:
-    """Where all keys of a block are equal, and all values, leaving it out with a correction loses nothing."""
+@for_all(examples=0.5, share=st.sampled_from((0.0, 0.3, 1.0)))
+def test_uniform_blocks_are_exact(backend: Backend, g: Geometry, share: float) -> None:
+    """Where all keys of a block are equal, and all values, leaving it out with a correction loses nothing.
+
+    One past block of each request is left out, some, or all. Those that are kept are not uniform: sums of equal numbers
+    round to one side, in products of some shapes more than in others.
+    """
     step = make_step(replace(g, shared_pages=0), backend.device)
-    k, v = step.kv.k.clone(), step.kv.v.clone()
+    generator, tokens = torch.Generator().manual_seed(g.seed), torch.arange(g.block_size, device=backend.device)
+    mask = torch.ones((len(g.q_lens), g.heads, g.q_blocks, g.kv_blocks), dtype=torch.bool)
     for b in g.requests:
-        for j in range(ceil_div(g.seq_lens[b], g.block_size)):
-            first = j * g.block_size
-            for t in range(first, min(first + g.block_size, g.seq_lens[b])):
-                page = int(step.kv.page_table[b, t // g.page_size])
-                for cache, tokens in ((k, step.keys), (v, step.values)):
-                    tokens[b][t] = tokens[b][first]
-                    cache[page, t % g.page_size] = tokens[b][first]
-    step = replace(step, kv=PagedKV(k, v, step.kv.page_table))
+        past = g.past_lens[b] // g.block_size
+        left_out = torch.randperm(past, generator=generator)[: max(1, round(share * past))]
+        mask[b, :, :, left_out] = False
+        for position in (left_out[:, None] * g.block_size).to(backend.device) + tokens:
+            page, slot = step.kv.page_table[b].long()[position // g.page_size], position % g.page_size
+            for cache, own in ((step.kv.k, step.keys[b]), (step.kv.v, step.values[b])):
+                own[position] = own[position[0]].clone()
+                cache[page, slot] = own[position]
+    selection = SelectionMask(mask.to(backend.device), g.block_size, g.query_block)
+    pruned = poison_tails(backend.build_table(backend.unite(selection, step.batch, **g.grouping)))
     summary = backend.summarize(step.kv, step.batch, block_size=g.block_size, values=True)
-    pruned = table_of(backend, g, kind)
     out, lse = backend.attend(step.q, step.kv, step.batch, pruned, correction=summary, return_lse=True)
     assert_corrected(step, pruned, out, lse)
     dense = corrected(step, table_of(backend, g, "full"), torch.float64)
@@ -202,19 +234,23 @@ def test_uniform_blocks_are_exact(backend: Backend, g: Geometry, kind: str) -> N
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@for_all(examples=0.5, selector=flash_prefill, by_name=st.booleans())
+@for_all(examples=0.5, geometry=few_keys, selector=selectors, by_name=st.booleans(), auto=st.booleans())
 def test_prefill_corrects_with_its_summary(
-    backend: Backend, g: Geometry, selector: FlashPrefill, by_name: bool
+    backend: Backend, g: Geometry, selector: Selector, by_name: bool, auto: bool
 ) -> None:
-    """prefill(correction=...) brings the summary up to date, then equals attend with it, bit for bit."""
+    """prefill(correction=...) brings the summary up to date, then equals attend with it, bit for bit.
+
+    Under any selector, and with groups that choose themselves.
+    """
+    grouping: dict[str, Any] = {"heads_per_group": "auto", "query_blocks_per_span": "auto"} if auto else g.grouping
     step = make_step(g, backend.device, coherent=True)
     whole = backend.summarize(step.kv, step.batch, block_size=g.block_size, values=True)
-    table = backend.select_table(step.q, step.kv, step.batch, selector=selector, summary=whole, **g.grouping)
+    table = backend.select_table(step.q, step.kv, step.batch, selector=selector, summary=whole, **grouping)
     expected = backend.attend(step.q, step.kv, step.batch, table, correction=whole, return_lse=True)
     past = replace(step.batch, cu_seqlens_q=torch.zeros_like(step.batch.cu_seqlens_q), seq_lens=step.batch.past_lens)
     stale = backend.summarize(step.kv, past, block_size=g.block_size, values=True)
     how: dict[str, Any] = {"correction": stale} if by_name else {"correction": True, "summary": stale}
-    got = backend.prefill(step.q, step.kv, step.batch, selector=selector, return_lse=True, **how, **g.grouping)
+    got = backend.prefill(step.q, step.kv, step.batch, selector=selector, return_lse=True, **how, **grouping)
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one[: step.rows], other[: step.rows])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compactattn import (
     Dense,
+    DensityCounters,
     FlashPrefill,
     KVSummary,
     PagedKV,
@@ -277,3 +278,58 @@ def test_offsets_beyond_2_to_31(page_size: int) -> None:
     assert torch.equal(call(q, large, batch), call(q, kv, batch))
     table = select_table(q, large, batch, selector=Dense(), heads_per_group=1)
     assert torch.equal(attend(q, large, batch, table), attend(q, kv, batch, table))
+
+
+def in_fp8(kv: PagedKV) -> PagedKV:
+    scales = torch.tensor([0.5, 2.0], device="cuda"), torch.tensor([1.5, 0.75], device="cuda")
+    k, v = ((x.float() / s[:, None]).to(torch.float8_e4m3fn) for x, s in zip((kv.k, kv.v), scales, strict=True))
+    return PagedKV(k, v, kv.page_table, *scales)
+
+
+def test_features_in_a_graph() -> None:
+    """Sinks, soft-capping, a window, an FP8 cache and counters: no synchronisation, captured once, replayed."""
+    from compactattn._triton import replay
+
+    q, kv, batch, _ = make_step([256, 256], [4096, 4096])
+    kv, counters = in_fp8(kv), DensityCounters.zeros(2, "cuda")
+    summary = summarize(kv, batch, block_size=128)
+    sinks = torch.randn(HEADS, device="cuda")
+    how: dict[str, Any] = {"softcap": 20.0, "window": 1500, "sinks": sinks}
+    replay._recordings.clear()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(q, kv, batch, summary, density=counters.of_layer(0), **how)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    call(q, kv, batch, summary)
+    assert not replay._recordings  # such steps are run anew each time
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(q, kv, batch, summary, density=counters.of_layer(1), **how)
+    counters.counts.zero_()
+    for q_lens, seq_lens in (LENGTHS[1], LENGTHS[3], LENGTHS[4]):
+        fresh = PrefillBatch.from_lens(q_lens, seq_lens, "cuda")
+        batch.cu_seqlens_q.copy_(fresh.cu_seqlens_q)
+        batch.seq_lens.copy_(fresh.seq_lens)
+        rows = sum(q_lens)
+        graph.replay()
+        expected = call(q[:rows], kv, fresh, summary, density=counters.of_layer(0), **how)
+        assert torch.equal(out[:rows], expected)
+    first, second = counters.counts.tolist()
+    assert first == second
+    assert 0 < counters.densities()[1] < 1
+
+
+def test_a_compiled_step() -> None:
+    """Stages in one graph of torch.compile give the bits of eager calls."""
+
+    def step(q: Tensor, kv: PagedKV, batch: PrefillBatch, summary: KVSummary) -> Any:
+        out = prefill(q * 1.0, kv, batch, selector=SELECTOR, heads_per_group=2, summary=summary)
+        return attend(q, kv, batch, build_table(unite(select(q, kv, batch, SELECTOR), batch, heads_per_group=2))), out
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for n, (q_lens, seq_lens) in enumerate(([[300, 17], [3000, 2222]], [[129, 1], [500, 900]])):
+        arguments = make_step(q_lens, seq_lens, seed=n)
+        for found, expected in zip(compiled(*arguments), step(*arguments), strict=True):
+            assert torch.equal(found, expected)

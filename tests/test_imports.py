@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 import compactattn
 
-UNWANTED = ("streamlit", "transformers", "vllm", "matplotlib", "triton", "numba")
+UNWANTED = ("streamlit", "transformers", "vllm", "matplotlib", "triton", "numba", "safetensors")
 INSPECT = f"""
 import sys
 import compactattn
+import compactattn.cli
 print(*[name for name in {UNWANTED!r} if name in sys.modules])
 """
 
@@ -56,3 +59,10 @@ def test_python_m_compactattn_info() -> None:
     assert done.stderr == ""
     for word in ("compactattn", compactattn.__version__, "torch", "triton", "numba", "cpu:", "cuda"):
         assert word in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_the_vllm_plugin_says_what_it_needs() -> None:
+    (point,) = entry_points(group="vllm.general_plugins", name="compactattn")
+    with pytest.raises(ImportError, match=r"needs vLLM 0\.31 to 0\.33: pip install 'compactattn\[vllm\]'"):
+        point.load()

@@ -19,7 +19,7 @@ import reference.summary
 import reference.table
 import reference.union
 from compactattn import BlockTable, PagedKV, PrefillBatch
-from tests import test_attention, test_laws, test_prefill, test_selection, test_summary, test_union
+from tests import test_attention, test_correction, test_laws, test_prefill, test_selection, test_summary, test_union
 from tests.backends import NUMBA, REFERENCE, Backend, compose_table
 
 # the sequence ends within a page and a block, and its last query block is short
@@ -305,6 +305,27 @@ FAULTS = [
         EXECUTION,
     ),
     Fault(
+        "a mean counts as one token",
+        reference.attention,
+        " + math.log(block_size)",
+        "",
+        test_correction.test_uniform_blocks_are_exact,
+    ),
+    Fault(
+        "blocks of the table speak through their means too",
+        reference.attention,
+        " if j not in blocks.tolist()",
+        "",
+        test_correction.test_with_every_block_in_the_table_it_has_no_effect,
+    ),
+    Fault(
+        "means of the next KV head",
+        reference.attention,
+        "left_out, block_size)[:, h // group]",
+        "left_out, block_size)[:, h // group - 1]",
+        functools.partial(test_correction.test_hard_places, g=test_correction.HARD[0], kind="sparse"),
+    ),
+    Fault(
         "blocks are scored before their last token",
         reference.selection,
         "position[:, None] < ends",
@@ -376,6 +397,12 @@ def source_mutant(fault: Fault) -> Backend:
 def test_faults_in_the_reference(fault: Fault) -> None:
     """One changed line, one red test."""
     assert_red(fault.law, source_mutant(fault), fault.how)
+
+
+def test_a_correction_that_nobody_asked_for() -> None:
+    """prefill(correction=False) that corrects with whatever summary it is given is noticed."""
+    eager = replace(REFERENCE, prefill=lambda *a, **how: REFERENCE.prefill(*a, **(how | {"correction": True})))
+    assert_red(test_correction.test_without_correction_nothing_changes, eager)
 
 
 def test_a_summary_that_is_not_extended() -> None:

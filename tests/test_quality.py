@@ -15,6 +15,7 @@ from compactattn import (
     PrefillBatch,
     SelectionMask,
     attend,
+    baselines,
     build_table,
     prefill,
     select,
@@ -41,6 +42,7 @@ GEOMETRIES = {
     "B2-q0-q129-kv517-G3": ([0, 129], [64, 517], 1, 3),
     "B2-q65-kv256-G2": ([65, 64], [256, 128], 2, 2),
     "B1-q100-kv111-G1": ([100], [111], 3, 1),
+    "B4-of-equal-lengths-G2": ([33, 20, 33, 33], [150, 40, 150, 150], 2, 2),
 }
 
 
@@ -166,6 +168,16 @@ def test_quoka_attention_equals_its_twin(geometry):
         ours = quoka_attention(q, kv, batch, selection, scale=0.2)
         twin = reference.quoka_attention(q, kv, batch, selection, scale=0.2)
         torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-5)
+
+
+def test_quoka_in_small_pieces_is_the_same(monkeypatch):
+    q, kv, batch = step(*GEOMETRIES["B4-of-equal-lengths-G2"])
+    whole = quoka_select(q, kv, batch)
+    out = quoka_attention(q, kv, batch, whole)
+    monkeypatch.setattr(baselines, "_SCORES_AT_ONCE", {"cpu": 500})
+    monkeypatch.setattr(baselines, "_COPIED_AT_ONCE", 1)
+    assert same_selection(quoka_select(q, kv, batch), whole)
+    torch.testing.assert_close(quoka_attention(q, kv, batch, whole), out, rtol=1e-5, atol=1e-5)
 
 
 def test_quoka_with_the_whole_past_is_dense_attention(geometry):

@@ -174,6 +174,12 @@ def test_kinds() -> None:
     assert make_step(batch=shorter, q=torch.ones(20, 4, 64)).kind() == kinds["the first"]
 
 
+def fp8_cache() -> PagedKV:
+    """The cache of `make_step` with scales, which a recording would not know."""
+    k, v = torch.zeros(2, 4, 16, 2, 64).to(torch.float8_e4m3fn)
+    return PagedKV(k, v, torch.arange(4, dtype=torch.int32)[None], torch.ones(2), torch.ones(2))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -187,6 +193,7 @@ def test_kinds() -> None:
         {"backend": "numba"},
         {"kv": "cache"},
         {"out": "result"},
+        {"kv": fp8_cache()},
         {"q": torch.zeros(20, 4, 64, requires_grad=True)},
     ],
     ids=str,

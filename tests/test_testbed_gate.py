@@ -44,7 +44,7 @@ def tiny_model(seed: int = 0) -> models.LlamaForCausalLM:
 
 
 def run(tmp_path: Path, settings: Settings = TINY) -> Run:
-    return Run(tiny_model(), corpus(), settings, tmp_path / "out")
+    return Run(tiny_model(), corpus(), settings, tmp_path / "out", tmp_path / "state")
 
 
 def test_the_map_is_max_pooled_attention(tmp_path: Path) -> None:
@@ -86,10 +86,10 @@ def test_divergence_and_found_mass() -> None:
 
 def test_training_brings_the_gates_nearer_on_the_test_side(tmp_path: Path) -> None:
     training = run(tmp_path)
-    before = training.evaluate()
+    before = training.before
     weights = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
-    training.train()
-    record = training.finish(before)
+    assert training.train()
+    record = training.finish()
     assert record["steps"] == 150
     assert record["after"]["divergence"] < 0.85 * before["divergence"]
     assert record["after"]["mass_in_best_25%"] > before["mass_in_best_25%"] + 0.01
@@ -105,6 +105,44 @@ def test_training_brings_the_gates_nearer_on_the_test_side(tmp_path: Path) -> No
     )
     for layer, gate in gates.items():
         assert torch.equal(gate.weights, training.gates.weights[layer].detach().bfloat16())
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+    """Bit for bit the run that went on after the same save, and the checkpoint is gone at the end."""
+    settings = replace(TINY, max_steps=6, log_every=1)
+    whole = run(tmp_path / "whole", settings)
+    window = whole.window
+
+    def saving(side: train_gate.Side, index: int) -> torch.Tensor:
+        if index == 3:
+            whole._save()
+        return window(side, index)
+
+    whole.window = saving  # type: ignore[method-assign]
+    assert whole.train()
+
+    first = run(tmp_path / "legs", settings)
+    plain = first.window
+
+    def stopping(side: train_gate.Side, index: int) -> torch.Tensor:
+        if index == 2:
+            first.stop()
+        return plain(side, index)
+
+    first.window = stopping  # type: ignore[method-assign]
+    assert not first.train()
+    assert not (tmp_path / "legs" / "out").exists()
+    second = run(tmp_path / "legs", settings)
+    assert (second.step, second.before) == (3, first.before)
+    assert second.train()
+    assert torch.equal(second.gates.weights, whole.gates.weights)
+    assert [point["divergence"] for point in second.curve] == [point["divergence"] for point in whole.curve]
+    assert second.finish()["steps"] == 6
+    assert not (tmp_path / "legs" / "state").exists()
+    replaced = run(tmp_path / "legs", replace(settings, leg_minutes=1e-9))
+    assert not replaced.train()
+    with pytest.raises(ValueError, match=r"state: expected settings .*'seed': 1"):
+        run(tmp_path / "legs", replace(settings, seed=1))
 
 
 def test_windows_are_of_their_side(tmp_path: Path) -> None:
@@ -123,6 +161,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     for changes, message in (
         ({"minutes": 0}, "--minutes: expected a number above 0, got 0"),
         ({"max_steps": -1}, "--max-steps: expected a number above 0, got -1"),
+        ({"leg_minutes": 0}, "--leg-minutes: expected a number above 0, got 0"),
         ({"block": 32}, "--block: expected 64 or 128, got 32"),
         ({"length": 500}, "--length: expected a multiple of 64 from 512 on, got 500"),
         ({"task_share": 2.0}, "--task-share: expected 0 to 1, got 2.0"),
@@ -155,5 +194,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert list(load_seer_gates(tmp_path / "gates" / "seer_gate.safetensors", layers=None, **shape)) == [0, 1]
     with pytest.raises(SystemExit, match="--layers: expected auto, or numbers from 0 to 1"):
         train_gate.main([*arguments, "--layers", "7", "--out", str(tmp_path / "gates")])
+    train_gate.main([*arguments, *settings, "--leg-minutes", "1e-9", "--out", str(tmp_path / "stopped")])
+    assert "stopped at step 0, 0.0 of 4.0 min; the same command goes on" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["gate_state"]
     with pytest.raises(SystemExit, match="train_gate: --block: expected 64 or 128, got 7"):
         train_gate.main([*arguments, "--block", "7", "--out", str(tmp_path / "gates")])

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.testbed import tasks
 from benchmarks.testbed.corpus import SEPARATOR, Corpus, SourceFile
-from benchmarks.testbed.tasks import ANSWER, END, QUESTION, TASKS, Example, TaskSource, score, side_of
+from benchmarks.testbed.tasks import ANSWER, ANSWER_WORDS, END, QUESTION, TASKS, Example, TaskSource, score, side_of
 
 LENGTHS = (512, 2048, 5001)
 NEEDLE = re.compile(rb"# The secret of ([a-z]{6}) is (\d{6})\.\n")
@@ -76,17 +76,6 @@ def test_a_solver_finds_the_answer(source: TaskSource, task: str, side: tasks.Si
         assert solve(example) == list(example.answers)
         assert len(example.window) == length
         assert example.target.tolist() == [*b" ".join(example.answers), END]
-
-
-ANSWER_WORDS = {
-    "niah_single": 1,
-    "niah_multikey": 1,
-    "niah_multivalue": 4,
-    "niah_multiquery": 4,
-    "variable_tracking": 5,
-    "common_words": 5,
-    "frequent_words": 3,
-}
 
 
 def test_each_task_asks_for_what_it_says(source: TaskSource) -> None:

@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache as remember
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,8 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
 import reference
-from compactattn import Dense, FlashPrefill, PagedKV, PrefillBatch, SeerGate, XAttention, summarize
-from compactattn.integrations import transformers as integration
-from compactattn.integrations.transformers import enable, prompt_lens
+from compactattn import Dense, FlashPrefill, PagedKV, PrefillBatch, SeerGate, XAttention, prefill, summarize
+from compactattn.integrations.transformers import attention, enable, means, prompt_lens
 from tests.numerics import assert_as_close
 from tests.strategies import gate_weights
 
@@ -118,13 +118,13 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-        run = integration.prefill
+        run = attention.prefill
 
-        def prefill(*arguments: Any, **settings: Any) -> Tensor:
+        def spied(*arguments: Any, **settings: Any) -> Tensor:
             self.calls.append((arguments, settings, run(*arguments, **settings)))
             return self.calls[-1][2]
 
-        monkeypatch.setattr(integration, "prefill", prefill)
+        monkeypatch.setattr(attention, "prefill", spied)
 
 
 @pytest.fixture
@@ -259,6 +259,36 @@ def test_compiled_decode_steps() -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_decoder_beside_an_encoder(spy: Spy) -> None:
+    """Bart: the decoder's own layers run in chunks, its encoder and the attention between them are sdpa's."""
+    sizes = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    torch.manual_seed(7)
+    run = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=VOCABULARY, d_model=128, init_std=0.2, **sizes)
+    ).eval()
+    ids, _ = prompt(2)
+    encoded = run.get_encoder()(ids[:, :90])
+
+    def decode(name: str, chunks: tuple[int, ...]) -> tuple[Tensor, Any]:
+        run.set_attn_implementation(name)
+        cache = transformers.EncoderDecoderCache(DynamicCache(), DynamicCache())
+        parts = [
+            run(encoder_outputs=encoded, decoder_input_ids=part, past_key_values=cache).logits
+            for part in ids.split(chunks, 1)
+        ]
+        return torch.cat(parts, 1), cache.self_attention_cache
+
+    exact, _ = decode("sdpa", CHUNKS)
+    enable(selector=DENSE, heads_per_group=1)
+    torch.testing.assert_close(decode("compactattn", CHUNKS)[0], exact, rtol=1e-4, atol=1e-4)
+    assert len(spy.calls) == 2 * sum(n > 1 for n in CHUNKS)
+    enable(selector=SPARSE, heads_per_group=1)
+    sparse, cache = decode("compactattn", CHUNKS)
+    assert not torch.allclose(sparse[:, -1], exact[:, -1], atol=1e-3)
+    assert [pooled.seen for pooled in pooled_layers(cache)] == [TOKENS] * 2
+
+
 # ---- layers and steps that are left to sdpa ----
 
 
@@ -342,12 +372,14 @@ def test_packed_sequences_stay_apart(spy: Spy) -> None:
     ids=["FlashPrefill", "XAttention", "SeerGate"],
 )
 @pytest.mark.parametrize("pads", [None, PADS], ids=["whole", "left-padded"])
-@pytest.mark.parametrize(("span", "correction"), [(None, False), (1, False), (1, True)])
+@pytest.mark.parametrize(
+    ("heads", "span", "correction"), [(2, None, False), (2, 1, False), (2, 1, True), ("auto", "auto", False)]
+)
 def test_sparse_steps_are_the_pipeline_of_the_reference(
-    selector: Any, pads: tuple[int, ...] | None, span: int | None, correction: bool
+    selector: Any, pads: tuple[int, ...] | None, heads: Any, span: Any, correction: bool
 ) -> None:
     """Each layer's result against the reference, given what transformers gave to the attention function."""
-    enable(selector=selector, heads_per_group=2, query_blocks_per_span=span, correction=correction)
+    enable(selector=selector, heads_per_group=heads, query_blocks_per_span=span, correction=correction)
     registered = AttentionInterface()["compactattn"]
     calls = []
 
@@ -375,11 +407,11 @@ def test_sparse_steps_are_the_pipeline_of_the_reference(
             kv = PagedKV(exact_kv.k.float(), exact_kv.v.float(), exact_kv.page_table)
             selection = reference.select(q, kv, batch, selector, scale=scaling)
             table = reference.build_table(
-                reference.unite(selection, batch, heads_per_group=2, query_blocks_per_span=span)
+                reference.unite(selection, batch, heads_per_group=heads, query_blocks_per_span=span)
             )
-            means = reference.summarize(exact_kv, batch, block_size=64, values=True) if correction else None
-            exact = reference.attend(q.double(), exact_kv, batch, table, scale=scaling, correction=means)
-            plain = reference.attend(q, kv, batch, table, scale=scaling, correction=means)
+            its_means = reference.summarize(exact_kv, batch, block_size=64, values=True) if correction else None
+            exact = reference.attend(q.double(), exact_kv, batch, table, scale=scaling, correction=its_means)
+            plain = reference.attend(q, kv, batch, table, scale=scaling, correction=its_means)
             torch.testing.assert_close(out[b, n - rows :].double(), exact, rtol=1e-5, atol=1e-5)
             assert (out[b, n - rows :] - plain).abs().max() < 1e-4
             assert out[b, : n - rows].eq(0).all()
@@ -405,17 +437,42 @@ def test_settings_by_layer() -> None:
         assert not torch.allclose(both[one], both[other], atol=1e-3)
 
 
-def test_the_end_of_the_prompt_stays_dense_where_its_length_is_known(spy: Spy) -> None:
+def test_each_layer_has_the_selector_that_the_mapping_names(spy: Spy) -> None:
+    """Of other kinds and block sizes; a layer without one is dense, and so is every first chunk."""
+    chosen = {0: XAttention(threshold=0.4, block_size=128), 2: SPARSE}
+    enable(selector=chosen, heads_per_group="auto", query_blocks_per_span="auto")
+    run = model("Llama", num_hidden_layers=3)
+    logits(run, "compactattn", prompt(1)[0], chunks=(192, 100))
+    used = [settings["selector"] for _, settings, _ in spy.calls]
+    assert used[3:] == [chosen[0], Dense(), chosen[2]]
+    assert [type(selector) for selector in used[:3]] == [Dense] * 3
+    assert [call[0][1].page_size for call in spy.calls[3:]] == [128, 128, 64]
+    assert {settings["heads_per_group"] for _, settings, _ in spy.calls} == {"auto"}
+    assert {settings["query_blocks_per_span"] for _, settings, _ in spy.calls} == {"auto"}
+
+
+@pytest.mark.parametrize("span", [None, 1])
+def test_the_end_of_the_prompt_stays_dense_where_its_length_is_known(span: int | None, spy: Spy) -> None:
+    """The query blocks that reach into it alone: under a union over the chunk the others are not dense either."""
     selector = FlashPrefill(
         alpha=1.0, sink_blocks=0, window_blocks=0, block_size=64, query_block=64, dense_last_blocks=1
     )
-    ids, mask = prompt(2, pads=(0, 70))
-    enable(selector=selector, heads_per_group=2)
-    with prompt_lens([TOKENS, TOKENS - 70]):
-        logits(model("Llama"), "compactattn", ids, mask, (192, TOKENS - 192))
-    batch = spy.calls[2][0][2]
-    assert batch.prompt_lens.tolist() == [TOKENS, TOKENS - 70]
-    enable(selector=selector, heads_per_group=2)
+    ids, mask = prompt(2, 600, pads=(0, 70))
+    enable(selector=selector, heads_per_group=2, query_blocks_per_span=span)
+    with prompt_lens([600, 530]):
+        logits(model("Llama"), "compactattn", ids, mask, (384, 216))
+    (q, kv, batch), _, out = spy.calls[2]
+    assert batch.prompt_lens.tolist() == [600, 530]
+    dense, sparse = (
+        prefill(q, kv, batch, selector=its, heads_per_group=2, query_blocks_per_span=span)
+        for its in (DENSE, replace(selector, dense_last_blocks=0))
+    )
+    for b, length in enumerate(batch.prompt_lens.tolist()):  # query blocks that reach into the last 64 positions
+        n, first = batch.q_lens[b], int(batch.cu_seqlens_q[b])
+        end = first + (length - 64 - int(batch.past_lens[b])) // 64 * 64
+        assert torch.equal(out[end : first + n], dense[end : first + n])
+        assert span is None or torch.equal(out[first:end], sparse[first:end])
+        assert not torch.allclose(out[first:end], dense[first:end], atol=1e-3)
     with pytest.raises(ValueError, match="dense_last_blocks: expected 0, or a forward pass inside prompt_lens"):
         logits(model("Llama"), "compactattn", ids, mask)
     with prompt_lens([TOKENS]), pytest.raises(ValueError, match="prompt_lens: expected 2 entries"):
@@ -431,7 +488,7 @@ def test_the_end_of_the_prompt_stays_dense_where_its_length_is_known(spy: Spy) -
 
 
 def pooled_layers(cache: Any) -> list[Any]:
-    return [integration._pooled.get(layer) for layer in cache.layers]
+    return [means._pooled.get(layer) for layer in cache.layers]
 
 
 def assert_fresh(pooled: Any, spy: Spy, call: int) -> None:
@@ -489,13 +546,13 @@ def test_key_means_are_extended_and_freed_with_the_cache(
         before = pooled_layers(cache)
         assert all(p.seen == p.pooled == 191 for p in before)
         assert_fresh(before[1], spy, -1)
-        means = [p.summary.k_mean[p.page_table.long()] for p in before]
+        known_means = [p.summary.k_mean[p.page_table.long()] for p in before]
         for p in before:
             p.summary.k_mean.add_(100.0)  # a mark: what is extended keeps it, what is made anew does not
         logits(run, "compactattn", ids, mask, chunks[2:6], cache)
         after = pooled_layers(cache)
         in_place = inference and kind != "dynamic"  # where torch does not tell who wrote to the layer
-        for p, known in zip(after, means, strict=True):
+        for p, known in zip(after, known_means, strict=True):
             kept = p.summary.k_mean[p.page_table[0, :2].long()]
             assert bool((kept > 50).all()) != in_place, "the first two blocks of the first request"
             assert p.seen == p.pooled == 231
@@ -508,10 +565,10 @@ def test_key_means_are_extended_and_freed_with_the_cache(
         assert_fresh(pooled_layers(cache)[1], spy, -1)
     alive = [weakref.ref(p.summary.k_mean) for p in pooled_layers(cache)]
     spy.calls.clear()
-    del before, after, p, means, known, kept, cache
+    del before, after, p, known_means, known, kept, cache
     gc.collect()
     assert [ref() for ref in alive] == [None, None]
-    assert len(integration._pooled) == 0
+    assert len(means._pooled) == 0
 
 
 CHANGES = ("reorder", "reset", "copy", "other attention", "other pads", "other settings")
@@ -589,6 +646,9 @@ def test_settings_that_no_model_could_run_with() -> None:
         ({"selector": {-1: DENSE}}, "selector's layer number: expected an int of at least 0, got -1"),
         ({"selector": {0: None}}, "selector: expected "),
         ({"heads_per_group": 0}, "heads_per_group: expected an int of at least 1, got 0"),
+        ({"heads_per_group": None}, "heads_per_group: expected an int of at least 1, got None"),
+        ({"heads_per_group": "all"}, "heads_per_group: expected 'auto' or an int of at least 1, got 'all'"),
+        ({"query_blocks_per_span": "chunk"}, "query_blocks_per_span: expected None, 'auto' or an int of at least 1"),
         ({"query_blocks_per_span": 0}, "query_blocks_per_span: expected an int of at least 1, got 0"),
         ({"dense_layers": -1}, "dense_layers: expected an int of at least 0, got -1"),
         ({"correction": 1}, "correction: expected True or False, got 1"),
@@ -618,6 +678,13 @@ def test_models_that_compactattn_would_run_wrong_are_refused_by_name() -> None:
     assert "head dimension of k: expected one of 64, 80" in refusal(model("Llama", head_dim=32))
     enable(selector=DENSE, heads_per_group=4)
     assert refusal(model("Llama")) == "heads_per_group: expected a divisor of the 2 query heads per KV head, got 4"
+
+
+@pytest.mark.parametrize("name", ["sinks", "block_indices", "position_bias", "cache", "output_attentions"])
+def test_arguments_that_change_the_result_are_refused_by_name(name: str) -> None:
+    module, x = model("Llama").model.layers[0].self_attn, torch.zeros(1, 2, 3, 64)
+    with pytest.raises(ValueError, match=f"{name}: expected "):
+        AttentionInterface()["compactattn"](module, x, x, x, None, **{name: x})
 
 
 def test_training_is_refused() -> None:

@@ -68,7 +68,7 @@ class Example:
     @property
     def target(self) -> np.ndarray:
         """int64: the answer as the model should go on, its words parted by spaces, and END."""
-        return np.concatenate([_tokens(b" ".join(self.answers)), [END]])
+        return np.concatenate([bytes_as_tokens(b" ".join(self.answers)), [END]])
 
     @property
     def window(self) -> np.ndarray:
@@ -129,7 +129,7 @@ class TaskSource:
         if index < 0:
             raise ValueError(f"index: expected at least 0, got {index}")
         rng = np.random.default_rng((self.seed, list(self.streams).index(side), list(TASKS).index(task), length, index))
-        return TASKS[task](_Maker(task, side, length, rng, self.streams[side]))
+        return TASKS[task](Maker(task, side, length, rng, self.streams[side]))
 
     def windows(self, tasks: Sequence[str], side: Side, length: int, indices: range) -> tuple[np.ndarray, np.ndarray]:
         """Examples to train on, tasks in turn: int64 [n, length], and bool [n, length], True where the target is."""
@@ -139,8 +139,14 @@ class TaskSource:
 
 
 @dataclass(eq=False)
-class _Maker:
-    """What a task is made of: one example's random numbers, its side's strings and text."""
+class Maker:
+    """What a task is made of: one example's random numbers, its side's strings and text.
+
+    Attributes:
+        task, side, length: of the example; `length` counts prompt and target.
+        rng: of this example alone.
+        stream: the side's source text, uint16 tokens.
+    """
 
     task: str
     side: Side
@@ -163,38 +169,46 @@ class _Maker:
                 taken.add(word)
                 return word
 
-    def in_source(self, lines: list[bytes], wanted: list[int], question: bytes, answers: Sequence[bytes]) -> Example:
-        """Lines strewn over source text in their order, at line starts drawn uniformly; `wanted` hold the answer."""
-        tail = self._tail(question)
-        source = self._source(self.length - len(tail) - _target_length(answers) - sum(map(len, lines)))
+    def strewn(self, lines: Sequence[bytes], length: int) -> tuple[np.ndarray, list[int]]:
+        """Lines strewn over source text in their order, at line starts drawn uniformly.
+
+        Returns:
+            (int64 [length], where each line begins).
+        """
+        source = self._source(length - sum(map(len, lines)))
         starts = np.concatenate([[0], np.flatnonzero(source == ord("\n")) + 1])
         places = np.sort(self.rng.choice(starts, size=len(lines)))
-        parts, needles, length, before = [], [], 0, 0
-        for n, (line, place) in enumerate(zip(lines, places, strict=True)):
-            length += int(place) - before
-            if n in wanted:
-                needles.append(length)
-            parts += [source[before:place], _tokens(line)]
-            length, before = length + len(line), int(place)
-        return Example(
-            self.task, self.side, np.concatenate([*parts, source[before:], tail]), tuple(answers), tuple(needles)
-        )
+        parts, begins, position, before = [], [], 0, 0
+        for line, place in zip(lines, places, strict=True):
+            position += int(place) - before
+            begins.append(position)
+            parts += [source[before:place], bytes_as_tokens(line)]
+            position, before = position + len(line), int(place)
+        return np.concatenate([*parts, source[before:]]), begins
+
+    def in_source(self, lines: list[bytes], wanted: list[int], question: bytes, answers: Sequence[bytes]) -> Example:
+        """Lines strewn over source text, a question and its answers; `wanted` are the lines that hold the answer."""
+        tail = self.tail(question)
+        text, begins = self.strewn(lines, self.length - len(tail) - _target_length(answers))
+        needles = tuple(begins[n] for n in sorted(wanted))
+        return Example(self.task, self.side, np.concatenate([text, tail]), tuple(answers), needles)
 
     def of_words(self, words: list[bytes], question: bytes, answers: Sequence[bytes]) -> Example:
         """A list of words, parted by spaces and filled up with newlines."""
-        tail = self._tail(question)
+        tail = self.tail(question)
         text = b" ".join(words)
         room = self.length - len(tail) - _target_length(answers)
-        prompt = np.concatenate([_tokens(text + b"\n" * (room - len(text))), tail])
+        prompt = np.concatenate([bytes_as_tokens(text + b"\n" * (room - len(text))), tail])
         return Example(self.task, self.side, prompt, tuple(answers), ())
 
     def room_for_words(self, question: bytes, answers: int) -> int:
         """How many words of a list fit beside a question and an answer of so many words."""
-        tokens = self.length - len(self._tail(question)) - _target_length([b" " * WORD_LETTERS] * answers)
+        tokens = self.length - len(self.tail(question)) - _target_length([b" " * WORD_LETTERS] * answers)
         return (tokens + 1) // (WORD_LETTERS + 1)
 
-    def _tail(self, question: bytes) -> np.ndarray:
-        return np.concatenate([[QUESTION], _tokens(question), [ANSWER]])
+    def tail(self, question: bytes) -> np.ndarray:
+        """QUESTION, the question and ANSWER."""
+        return np.concatenate([[QUESTION], bytes_as_tokens(question), [ANSWER]])
 
     def _source(self, length: int) -> np.ndarray:
         """A stretch of the side's source text, from a random place on, around the end of it if need be."""
@@ -202,7 +216,7 @@ class _Maker:
         return np.take(self.stream, np.arange(start, start + length), mode="wrap").astype(np.int64)
 
 
-def _tokens(text: bytes) -> np.ndarray:
+def bytes_as_tokens(text: bytes) -> np.ndarray:
     return np.frombuffer(text, dtype=np.uint8).astype(np.int64)
 
 
@@ -210,11 +224,16 @@ def _target_length(answers: Sequence[bytes]) -> int:
     return sum(len(answer) + 1 for answer in answers)  # a space or END after each
 
 
-def _needle(key: bytes, value: bytes) -> bytes:
+def needle_line(key: bytes, value: bytes) -> bytes:
     return b"# The secret of " + key + b" is " + value + b".\n"
 
 
-def _retrieval(make: _Maker, keys: int, values_of_first: int, asked: int) -> Example:
+def chain_lines(value: bytes, names: Sequence[bytes]) -> list[bytes]:
+    """The first name gets the value, every other name the one before it."""
+    return [b"# let " + name + b" = " + origin + b".\n" for name, origin in zip(names, [value, *names], strict=False)]
+
+
+def _retrieval(make: Maker, keys: int, values_of_first: int, asked: int) -> Example:
     """Lines of `keys` keys in random order, `values_of_first` of them the first key's; the first `asked` are asked."""
     taken: set[bytes] = set()
     pairs = [(key, make.value(taken)) for key in (make.word(taken) for _ in range(keys))]
@@ -224,31 +243,31 @@ def _retrieval(make: _Maker, keys: int, values_of_first: int, asked: int) -> Exa
     pairs = [pairs[n] for n in order]
     wanted = [n for n, (key, _) in enumerate(pairs) if key in queries]
     answers = [value for query in queries for key, value in pairs if key == query]
-    return make.in_source([_needle(*pair) for pair in pairs], wanted, b"secret of " + b" ".join(queries), answers)
+    return make.in_source([needle_line(*pair) for pair in pairs], wanted, b"secret of " + b" ".join(queries), answers)
 
 
-def _niah_single(make: _Maker) -> Example:
+def _niah_single(make: Maker) -> Example:
     return _retrieval(make, 1, 1, 1)
 
 
-def _niah_multikey(make: _Maker) -> Example:
+def _niah_multikey(make: Maker) -> Example:
     return _retrieval(make, max(4, make.length // 512), 1, 1)
 
 
-def _niah_multivalue(make: _Maker) -> Example:
+def _niah_multivalue(make: Maker) -> Example:
     return _retrieval(make, max(2, make.length // 1024), VALUES, 1)
 
 
-def _niah_multiquery(make: _Maker) -> Example:
+def _niah_multiquery(make: Maker) -> Example:
     return _retrieval(make, QUERIES + max(2, make.length // 1024), 1, QUERIES)
 
 
-def _variable_tracking(make: _Maker) -> Example:
+def _variable_tracking(make: Maker) -> Example:
     taken: set[bytes] = set()
     chains = []
     for _ in range(1 + max(1, make.length // 2048)):
         value, names = make.value(taken), [make.word(taken) for _ in range(CHAIN)]
-        chains.append([b"# let " + a + b" = " + b + b".\n" for a, b in zip(names, [value, *names], strict=False)])
+        chains.append(chain_lines(value, names))
         if len(chains) == 1:
             asked, answers = value, names
     turn = make.rng.permutation(np.repeat(np.arange(len(chains)), CHAIN))  # chains interleave, each in its own order
@@ -257,7 +276,7 @@ def _variable_tracking(make: _Maker) -> Example:
     return make.in_source(lines, np.flatnonzero(turn == 0).tolist(), b"variables of " + asked, answers)
 
 
-def _common_words(make: _Maker) -> Example:
+def _common_words(make: Maker) -> Example:
     question = b"common words"
     room = make.room_for_words(question, COMMON_WORDS)
     times = min(COMMON_TIMES, room // (2 * COMMON_WORDS))
@@ -270,7 +289,7 @@ def _common_words(make: _Maker) -> Example:
     return make.of_words(words, question, sorted(common, key=words.index))
 
 
-def _frequent_words(make: _Maker) -> Example:
+def _frequent_words(make: Maker) -> Example:
     question = b"frequent words"
     room = make.room_for_words(question, FREQUENT_WORDS)
     weights = np.arange(1, room + 1, dtype=np.float64) ** -ZIPF_EXPONENT
@@ -285,7 +304,7 @@ def _frequent_words(make: _Maker) -> Example:
     return make.of_words(words, question, ranked[:FREQUENT_WORDS])
 
 
-TASKS: dict[str, Callable[[_Maker], Example]] = {
+TASKS: dict[str, Callable[[Maker], Example]] = {
     "niah_single": _niah_single,
     "niah_multikey": _niah_multikey,
     "niah_multivalue": _niah_multivalue,
@@ -294,6 +313,16 @@ TASKS: dict[str, Callable[[_Maker], Example]] = {
     "common_words": _common_words,
     "frequent_words": _frequent_words,
 }
+ANSWER_WORDS = {
+    "niah_single": 1,
+    "niah_multikey": 1,
+    "niah_multivalue": VALUES,
+    "niah_multiquery": QUERIES,
+    "variable_tracking": CHAIN,
+    "common_words": COMMON_WORDS,
+    "frequent_words": FREQUENT_WORDS,
+}
+"""Words in each task's answer."""
 
 
 def main(arguments: list[str] | None = None) -> None:

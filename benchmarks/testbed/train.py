@@ -23,6 +23,8 @@ import math
 import platform
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from benchmarks.testbed.model import load_model, new_model, save_model, testbed_
 # teach the bytes and words; they leave more than half of the budget to full length.
 CONTEXT_PHASES = ((0.0, 8), (0.15, 4), (0.35, 1))
 GRADIENT_NORM = 1.0
+RECORD_FILE = "training.json"
 INTERIM_WINDOWS = 16
 FINAL_WINDOWS = 128
 
@@ -216,7 +219,7 @@ class Run:
         record["heldout_with_planted_repeats_bits_per_byte"] = repeat_report(
             model, self.heldout_stream, context, FINAL_WINDOWS, self.batch
         )
-        self._write_record(record)
+        write_record(self.out, record)
         return record
 
     def save_checkpoint(self) -> None:
@@ -285,7 +288,7 @@ class Run:
         print(f"held out: {report.bits_per_byte:.3f} bits per byte", flush=True)
         self.save_checkpoint()
         save_model(self.model, self.out)
-        self._write_record(self._record(complete=False))
+        write_record(self.out, self._record(complete=False))
 
     def _record(self, complete: bool) -> dict[str, object]:
         device = next(self.model.parameters()).device
@@ -296,20 +299,29 @@ class Run:
             "steps": self.progress.step,
             "tokens": self.progress.tokens,
             "seconds": round(self.progress.seconds, 1),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            **machine_of(device),
             "corpus": self.corpus_statistics,
             "loss_curve": self.progress.curve,
             "heldout_curve": self.progress.heldout_curve,
         }
 
-    def _write_record(self, record: dict[str, object]) -> None:
-        lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items()]
-        write_atomically(self.out / "training.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+def machine_of(device: torch.device) -> dict[str, object]:
+    """What a run was on, for its record."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def write_record(directory: Path, record: dict[str, object]) -> None:
+    """Write `training.json`, one entry a line."""
+    lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items()]
+    write_atomically(directory / RECORD_FILE, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -334,6 +346,17 @@ def usable_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected a machine with a CUDA GPU, got none; --device cpu works, but takes days")
     return device
+
+
+@contextmanager
+def stopping(stop: Callable[..., None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `stop` inside, so that a run ends between two steps; a batch system sends the former."""
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: list[str] | None = None) -> None:

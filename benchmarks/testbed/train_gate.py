@@ -1,9 +1,12 @@
 """Distil SeerAttention gates for the test bed's model: one linear layer per head learns the model's own attention.
 
-    python -m benchmarks.testbed.train_gate --corpus stdlib.zip --minutes 4 --out benchmarks/testbed/weights
+    python3 -m benchmarks.testbed.train_gate --corpus out/stdlib.zip --weights out/weights --out out/weights
 
 writes `seer_gate.safetensors`, which `compactattn.load_seer_gates` reads (the tensors of a published checkpoint, in
 bfloat16), and `seer_gate.json`, the record of the run. `--layers 2,4` leaves the other layers out, as a capture does.
+It takes `--minutes` (4) of training and less than a minute around it. A run that is stopped (SIGTERM, SIGINT,
+`--leg-minutes`) leaves a checkpoint in `--state`, and the same command goes on from there; the checkpoint is removed
+when the gates are written.
 
 What a gate learns (SeerAttention, arXiv 2410.13276): attention maps are max-pooled over (query block, KV block) tiles
 and normalised to sum to one over the visible KV blocks; the gate's softmax over blocks is fitted to that by its
@@ -28,11 +31,12 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from benchmarks.testbed import checkpoint as checkpoints
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model, write_atomically
 from benchmarks.testbed.record import attention_inputs, parse_layers
 from benchmarks.testbed.tasks import TASKS, Side, TaskSource
-from benchmarks.testbed.train import usable_device
+from benchmarks.testbed.train import stopping, usable_device
 from compactattn.seer_gate import rotate, unrotate
 
 WEIGHTS_FILE, RECORD_FILE = "seer_gate.safetensors", "seer_gate.json"
@@ -45,7 +49,8 @@ class Settings:
     """What decides a run, apart from the machine's speed.
 
     Attributes:
-        minutes: wall-clock budget of the training loop.
+        minutes: wall-clock budget of the training loop, over all legs.
+        leg_minutes: wall clock after which a leg ends with a checkpoint, or None.
         max_steps: optimizer steps at which the run ends even before that, or None.
         length: tokens per window; one window is one step.
         block: tokens per KV block and queries per query block.
@@ -57,6 +62,7 @@ class Settings:
     """
 
     minutes: float = 4.0
+    leg_minutes: float | None = None
     max_steps: int | None = None
     length: int = 4096
     block: int = 64
@@ -67,7 +73,7 @@ class Settings:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("minutes", "max_steps", "learning_rate", "log_every"):
+        for name in ("minutes", "leg_minutes", "max_steps", "learning_rate", "log_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")
@@ -77,6 +83,10 @@ class Settings:
             raise ValueError(f"--length: expected a multiple of {self.block} from 512 on, got {self.length}")
         if not 0 <= self.task_share <= 1:
             raise ValueError(f"--task-share: expected 0 to 1, got {self.task_share}")
+
+    def defining(self) -> dict[str, object]:
+        """The settings that a later leg may not change."""
+        return {name: value for name, value in asdict(self).items() if name not in ("leg_minutes", "log_every")}
 
 
 class Gates(torch.nn.Module):
@@ -152,18 +162,32 @@ def found_mass(target: Tensor, log_probability: Tensor) -> float:
 
 
 class Run:
-    """A training run: what it reads, what it changes, and the files that it writes."""
+    """A training run: what it reads, what it changes, and the files that it writes.
 
-    def __init__(self, model: LlamaForCausalLM, corpus: corpora.Corpus, settings: Settings, out: Path) -> None:
-        self.model, self.settings, self.out = model.requires_grad_(False).eval(), settings, out
+    Args:
+        model: what is distilled; stays as it is.
+        corpus, settings: what is read and how.
+        out: directory of weights and record.
+        state: directory of the checkpoint; where it holds one, the run goes on from it.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, corpus: corpora.Corpus, settings: Settings, out: Path, state: Path
+    ) -> None:
+        self.model, self.settings, self.out, self.state = model.requires_grad_(False).eval(), settings, out, state
         self.gates = Gates(model, settings.block, settings.layers)
         self.optimizer = torch.optim.Adam(self.gates.parameters(), lr=settings.learning_rate)
         self.source = TaskSource(corpus, settings.seed)
+        self.belongs = {"settings": settings.defining(), "corpus": corpus.statistics()["sha256"]}
         self.curve: list[dict[str, float]] = []
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.stopped = 0, 0.0, False
         for side, stream in self.source.streams.items():
             if len(stream) < settings.length:
                 raise ValueError(f"--length: expected at most {len(stream)}, the {side} text, got {settings.length}")
+        if checkpoints.exists(state):
+            self._resume()
+        else:
+            self.before = self.evaluate()
 
     def window(self, side: Side, index: int) -> Tensor:
         """Token ids int64 [length]: a task or a stretch of source text."""
@@ -185,10 +209,17 @@ class Run:
             target = attention_map(inputs.q, inputs.k, inputs.scale, self.settings.block)
             yield target, self.gates.log_probabilities(layer, inputs.q, inputs.k)
 
-    def train(self) -> None:
-        """Step until the budget is used; one window is one step."""
-        settings, began, losses = self.settings, time.monotonic(), []
-        while (share := self._share()) < 1.0:
+    def train(self) -> bool:
+        """Step until the budget or the leg is used, or `stop` was called; one window is one step.
+
+        Returns:
+            Whether the budget is used. If not, a checkpoint was written.
+        """
+        settings, losses = self.settings, []
+        leg_began = time.monotonic()
+        began = leg_began - self.seconds
+        leg_seconds = math.inf if settings.leg_minutes is None else 60 * settings.leg_minutes
+        while (share := self._share()) < 1.0 and not self.stopped and time.monotonic() - leg_began < leg_seconds:
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.learning_rate * (1.0 - share)
             loss = torch.stack([divergence(*pair) for pair in self.maps(self.window("train", self.step))]).mean()
@@ -205,6 +236,27 @@ class Run:
                 self.curve.append({"step": self.step, "seconds": round(self.seconds, 2), "divergence": round(mean, 5)})
                 print(f"step {self.step:6d}  {self.seconds:6.1f} s  divergence {mean:.4f}", flush=True)
                 losses = []
+        if self._share() >= 1.0:
+            return True
+        self._save()
+        return False
+
+    def stop(self, *_: object) -> None:
+        """End the leg after the present step; a signal handler."""
+        self.stopped = True
+
+    def _save(self) -> None:
+        tensors, exponents = checkpoints.capture(self.gates, self.optimizer)
+        progress = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "before": self.before}
+        checkpoints.save(self.state, tensors, {**self.belongs, "exponents": exponents, "progress": progress})
+
+    def _resume(self) -> None:
+        tensors, record = checkpoints.load(self.state)
+        checkpoints.check_belongs(self.state, record, self.belongs)
+        progress = record["progress"]
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.curve, self.before = progress["curve"], progress["before"]
+        checkpoints.restore(self.gates, self.optimizer, tensors, record["exponents"], self.step)
 
     def _share(self) -> float:
         steps = self.step / self.settings.max_steps if self.settings.max_steps else 0.0
@@ -220,8 +272,8 @@ class Run:
             f"most_mass_in_{KEPT_SHARE:.0%}": round(sum(found_mass(t, t.log()) for t, _ in pairs) / len(pairs), 5),
         }
 
-    def finish(self, before: dict[str, float]) -> dict[str, Any]:
-        """Write the weights and the record, each file whole or not at all."""
+    def finish(self) -> dict[str, Any]:
+        """Write the weights and the record, each file whole or not at all; then the checkpoint is of no more use."""
         layers = self.gates.weights.detach().to("cpu", torch.bfloat16)
         tensors = {
             f"model.layers.{i}.self_attn.attn_gate.mask_linear_k.weight": weights.contiguous().clone()
@@ -232,13 +284,14 @@ class Run:
             "steps": self.step,
             "seconds": round(self.seconds, 1),
             "device": str(self.model.device),
-            "before": before,
+            "before": self.before,
             "after": self.evaluate(),
             "loss_curve": self.curve,
         }
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
         write_atomically(self.out / RECORD_FILE, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+        checkpoints.remove(self.state)
         return record
 
 
@@ -249,8 +302,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS_DIRECTORY, help="the model (default: the committed)")
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (default: %(default)s)")
+    parser.add_argument("--state", type=Path, help="directory of the checkpoint (default: gate_state in --out)")
     for setting in fields(Settings):
-        kind = {"max_steps": int, "layers": str}.get(setting.name, type(setting.default))
+        kind = {"max_steps": int, "leg_minutes": float, "layers": str}.get(setting.name, type(setting.default))
         parser.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, default=setting.default)
     options = parser.parse_args(arguments)
     try:
@@ -258,14 +312,18 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = parse_layers(options.layers or "auto", model.config.num_hidden_layers)
         options.layers = None if chosen is None else tuple(chosen)
         settings = Settings(**{setting.name: getattr(options, setting.name) for setting in fields(Settings)})
-        run = Run(model, corpora.load(options.corpus), settings, options.out)
-        before = run.evaluate()
-        run.train()
-        record = run.finish(before)
+        run = Run(
+            model, corpora.load(options.corpus), settings, options.out, options.state or options.out / "gate_state"
+        )
+        with stopping(run.stop):
+            complete = run.train()
+        if not complete:
+            minutes = run.seconds / 60
+            print(f"stopped at step {run.step}, {minutes:.1f} of {settings.minutes} min; the same command goes on")
+            return
+        record = run.finish()
     except (ValueError, OSError) as error:
         raise SystemExit(f"train_gate: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("train_gate: interrupted; nothing was written") from None
     print(json.dumps({name: value for name, value in record.items() if name != "loss_curve"}, indent=1))
 
 

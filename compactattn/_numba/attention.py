@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compactattn._numba.pages import gather, in_units, locate_units
+from compactattn._numba.pages import gather, in_units, locate_units, of_head
 from compactattn._numba.summary import block_means
 from compactattn._numba.threads import run_each
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
+from compactattn.features import PLAIN, Features, first_visible
 
 _SCORE_ELEMENTS = 1 << 18  # of one tile times one run of keys: 1 MiB in float32, which a core's own cache holds
 _MIN_KEYS, _MAX_KEYS = 512, 4096  # gathered at a time
@@ -32,7 +33,7 @@ class _Row:
         run: blocks gathered at a time; the same for all tiles of the row, so that they round alike however they are
             dealt out.
         left_out: means [n, D] of keys and of values of the n past blocks that the row does not name, rounded to the
-            cache's dtype, float32; None without a correction.
+            queries' dtype, float32; None without a correction.
     """
 
     kv: PagedKV
@@ -75,16 +76,28 @@ class _Running:
     ten times slower where it underflows (half of all keys, in real attention) and its `exp2` is not.
     """
 
-    def __init__(self, tile: _Tile, q: Tensor, scale: float) -> None:
-        self.tile, self.scale = tile, scale / math.log(2)
+    def __init__(self, tile: _Tile, q: Tensor, scale: float, features: Features) -> None:
+        self.tile, self.scale, self.window = tile, scale / math.log(2), features.window
+        self.softcap = None if features.softcap is None else features.softcap / math.log(2)
         queries = q[tile.first : tile.first + tile.count, tile.heads]
         self.queries = queries.transpose(0, 1).float().flatten(0, 1)
         self.top = torch.full((tile.rows, 1), _LOWEST, dtype=torch.float32)
         self.total = torch.zeros_like(self.top)
         self.values = torch.zeros_like(self.queries)
+        if features.sinks is not None:  # the first key: its value is 0
+            sinks = features.sinks[tile.heads].repeat_interleave(tile.count)[:, None] / math.log(2)
+            self.top.copy_(sinks.clamp(min=_LOWEST))
+            self.total.copy_(sinks > -math.inf)
+
+    def add_visible(self, keys: Tensor, values: Tensor, positions: Tensor, buffer: Tensor) -> None:
+        """Attend to those of the keys [n, D] at ascending int64 `positions` [n] that some row of the tile sees."""
+        stop = int(torch.searchsorted(positions, self.tile.last, right=True))
+        start = 0 if self.window is None else int(torch.searchsorted(positions, self.tile.position - self.window + 1))
+        if start < stop:
+            self.add(keys[start:stop], values[start:stop], positions[start:stop], buffer)
 
     def add(self, keys: Tensor, values: Tensor, positions: Tensor, buffer: Tensor, tokens: int = 1) -> None:
-        """Attend to keys [n, D] at ascending int64 `positions` [n], of which the tile's last row sees all.
+        """Attend to keys [n, D] at ascending int64 `positions` [n], each of which some row of the tile sees.
 
         Each key stands for so many `tokens`.
         """
@@ -92,9 +105,13 @@ class _Running:
         for d in range(0, keys.shape[1], _SUMMED_DIMS):
             part = slice(d, d + _SUMMED_DIMS)
             torch.addmm(scores, self.queries[:, part], keys[:, part].T, beta=min(d, 1), alpha=self.scale, out=scores)
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if tokens > 1:
             scores += math.log2(tokens)
         self._hide_later_keys(scores, positions)
+        if self.window is not None:
+            self._hide_earlier_keys(scores, positions, self.window)
         top = torch.maximum(self.top, scores.amax(1, keepdim=True))
         shrink = self.top.sub_(top).exp2_()
         weights = scores.sub_(top).exp2_()
@@ -108,6 +125,13 @@ class _Running:
             rows = self.tile.position + torch.arange(self.tile.count)
             later = positions[seen_by_all:] > rows[:, None]
             scores.unflatten(0, (-1, self.tile.count))[..., seen_by_all:].masked_fill_(later, -math.inf)
+
+    def _hide_earlier_keys(self, scores: Tensor, positions: Tensor, window: int) -> None:
+        seen_by_all = int(torch.searchsorted(positions, self.tile.last - window, right=True))
+        if seen_by_all > 0:
+            rows = self.tile.position + torch.arange(self.tile.count)
+            earlier = positions[:seen_by_all] <= rows[:, None] - window
+            scores.unflatten(0, (-1, self.tile.count))[..., :seen_by_all].masked_fill_(earlier, -math.inf)
 
     def write(self, out: Tensor, lse: Tensor | None) -> None:
         tile = self.tile
@@ -126,18 +150,20 @@ def attend(
     scale: float,
     out: Tensor,
     lse: Tensor | None,
+    features: Features = PLAIN,
     correction: KVSummary | None = None,
 ) -> None:
     """Write softmax attention of each query over the visible tokens of its row's blocks to `out` and `lse`.
 
     Keys and values of a table row and KV head are gathered to float32 a run at a time, and every query block and head
     that shares the row meets the run before the next is gathered. Nothing after the last row of the query blocks
-    at hand is multiplied, nor is anything that no table names: it may hold NaN.
+    at hand is multiplied, nor is anything that no table names or that lies before their window: it may hold NaN.
 
     Args:
         q: [T, Hq, D], any strides with a contiguous last dimension.
         out: [T, Hq, D], q's dtype; rows at or beyond `cu_seqlens_q[B]` are not touched.
         lse: float32 [T, Hq], natural log, or None.
+        features: what the model changes about attention.
         correction: means of the past blocks that a row leaves out, or None.
     """
     past_blocks = (batch.past_lens // table.block_size).tolist()
@@ -150,10 +176,10 @@ def attend(
         left_out = None
         if correction is not None:
             past = past_blocks[request]
-            left_out = _left_out(kv, request, kv_head, past, blocks, table.block_size, correction)
+            left_out = _left_out(kv, request, kv_head, past, blocks, table.block_size, correction, q.dtype)
         where = _Row(kv, request, kv_head, blocks, table.block_size, run, left_out)
         for part in _parts(tiles, rows_at_a_time):
-            tasks.append(functools.partial(_attend_tiles, where, part, q, scale, out, lse))
+            tasks.append(functools.partial(_attend_tiles, where, part, q, scale, out, lse, features))
     run_each(tasks)
 
 
@@ -166,22 +192,30 @@ def attend_corrected(
     summary: KVSummary,
     out: Tensor,
     lse: Tensor | None,
+    features: Features = PLAIN,
 ) -> None:
     """`attend`, where every complete past block that a row leaves out is one more key and value: its means."""
-    attend(q, kv, batch, table, scale, out, lse, summary)
+    attend(q, kv, batch, table, scale, out, lse, features, summary)
 
 
 def _left_out(
-    kv: PagedKV, request: int, kv_head: int, past: int, blocks: np.ndarray, block_size: int, summary: KVSummary
+    kv: PagedKV,
+    request: int,
+    kv_head: int,
+    past: int,
+    blocks: np.ndarray,
+    block_size: int,
+    summary: KVSummary,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Means [n, D] of the past blocks that are not among `blocks`, rounded to the cache's dtype, as float32."""
+    """Means [n, D] of the past blocks that are not among `blocks`, rounded to the queries' dtype, as float32."""
     assert summary.v_mean is not None
     absent = torch.from_numpy(np.setdiff1d(np.arange(past), blocks))
     per_block = block_size // summary.unit
     units = (absent[:, None] * per_block + torch.arange(per_block)).flatten()
     places = locate_units(kv, request, units, summary.unit)
     keys, values = (
-        block_means(means[places.pages, places.slots, kv_head][:, None], per_block)[:, 0].to(kv.k.dtype).float()
+        block_means(means[places.pages, places.slots, kv_head][:, None], per_block)[:, 0].to(dtype).float()
         for means in (summary.k_mean, summary.v_mean)
     )
     return keys, values
@@ -220,12 +254,15 @@ def _parts(tiles: list[_Tile], rows: int) -> Iterator[list[_Tile]]:
         yield part
 
 
-def _attend_tiles(row: _Row, tiles: list[_Tile], q: Tensor, scale: float, out: Tensor, lse: Tensor | None) -> None:
+def _attend_tiles(
+    row: _Row, tiles: list[_Tile], q: Tensor, scale: float, out: Tensor, lse: Tensor | None, features: Features
+) -> None:
     """Let tiles that share a table row attend to its blocks, and write their results."""
     kv, block_size = row.kv, row.block_size
     horizon = max(tile.last for tile in tiles)
+    first = min(first_visible(features, tile.position) for tile in tiles)
     blocks = torch.from_numpy(row.blocks[row.blocks * block_size <= horizon])
-    running = [_Running(tile, q, scale) for tile in tiles]
+    running = [_Running(tile, q, scale, features) for tile in tiles]
     keys_at_a_time = min(row.run, len(blocks)) * block_size
     if row.left_out is not None:
         keys_at_a_time = max(keys_at_a_time, min(row.run * block_size, len(row.left_out[0])))
@@ -233,16 +270,15 @@ def _attend_tiles(row: _Row, tiles: list[_Tile], q: Tensor, scale: float, out: T
     unit = min(kv.page_size, block_size)
     units_in_block = torch.arange(block_size // unit)
     k, v = in_units(kv.k[:, :, row.kv_head], unit), in_units(kv.v[:, :, row.kv_head], unit)
+    k_scale, v_scale = of_head(kv.k_scale, row.kv_head), of_head(kv.v_scale, row.kv_head)
     for some in blocks.split(row.run):
         units = (some[:, None] * len(units_in_block) + units_in_block).flatten()
-        units = units[units * unit <= horizon]
+        units = units[(units * unit <= horizon) & ((units + 1) * unit > first)]
         positions = (units[:, None] * unit + torch.arange(unit)).flatten()
         places = locate_units(kv, row.request, units, unit)
-        keys, values = gather(k, places).flatten(0, 1), gather(v, places).flatten(0, 1)
+        keys, values = gather(k, places, k_scale).flatten(0, 1), gather(v, places, v_scale).flatten(0, 1)
         for state in running:
-            seen = int(torch.searchsorted(positions, state.tile.last, right=True))
-            if seen:
-                state.add(keys[:seen], values[:seen], positions[:seen], buffer)
+            state.add_visible(keys, values, positions, buffer)
     if row.left_out is not None:
         for keys, values in zip(*(means.split(row.run * block_size) for means in row.left_out), strict=True):
             everywhere = torch.zeros(len(keys), dtype=torch.int64)  # before any query

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compactattn._numba.pages import gather, in_units, locate_units
+from compactattn._numba.pages import gather, in_units, locate_units, of_head
 from compactattn._numba.threads import run_each
 from compactattn.data import PagedKV, PrefillBatch
 from compactattn.selectors import Oracle, XAttention
@@ -96,4 +96,5 @@ def _keys(kv: PagedKV, request: int, seq_len: int, kv_head: int) -> Tensor:
     """The request's keys of one KV head, float32 [seq_len, D]."""
     pages = torch.arange(-(-seq_len // kv.page_size))
     places = locate_units(kv, request, pages, kv.page_size)
-    return gather(in_units(kv.k[:, :, kv_head], kv.page_size), places).flatten(0, 1)[:seq_len]
+    keys = gather(in_units(kv.k[:, :, kv_head], kv.page_size), places, of_head(kv.k_scale, kv_head))
+    return keys.flatten(0, 1)[:seq_len]

@@ -38,7 +38,7 @@ def update_gate(kv: PagedKV, batch: PrefillBatch, gate: GateKeys, unit: int, sin
 
 def _pool_slab(kv: PagedKV, gate: GateKeys, places: Places, units: Tensor, unit: int, seq_len: int) -> None:
     position = units[:, None] * unit + torch.arange(unit)  # [n, unit]
-    keys = gather(in_units(kv.k, unit), places).transpose(1, 2)  # [n, Hkv, unit, D]
+    keys = gather(in_units(kv.k, unit), places, kv.k_scale).transpose(1, 2)  # [n, Hkv, unit, D]
     keys = unrotate(keys, position[:, None], gate.inv_freq, gate.rope_scale)
     beyond = (position >= seq_len)[:, None, :, None]
     count = (seq_len - units * unit).clamp(max=unit)[:, None, None]

@@ -33,6 +33,15 @@ def in_units(cache: Tensor, unit: int) -> Tensor:
     return cache.unflatten(1, (-1, unit))
 
 
-def gather(cache: Tensor, places: Places) -> Tensor:
-    """Copy units out of [num_pages, page_size // unit, unit, ...] to float32 [n, unit, ...]."""
-    return cache[places.pages, places.slots].float()
+def gather(cache: Tensor, places: Places, scale: Tensor | None = None) -> Tensor:
+    """Copy units out of [num_pages, page_size // unit, unit, ...] to float32 [n, unit, ...].
+
+    `scale` is what an FP8 cache's numbers count in: float32 [Hkv] for a cache [..., Hkv, D], one number for [..., D].
+    """
+    rows = cache[places.pages, places.slots].float()
+    return rows if scale is None else rows.mul_(scale[..., None])
+
+
+def of_head(scale: Tensor | None, kv_head: int) -> Tensor | None:
+    """One KV head's number of the scales [Hkv] of an FP8 cache; None for other caches."""
+    return None if scale is None else scale[kv_head]

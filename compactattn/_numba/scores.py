@@ -92,5 +92,5 @@ def _complete_block_means(
     unit = min(kv.page_size, block_size)
     per_block = block_size // unit
     places = locate_units(kv, request, torch.arange(complete * per_block), unit)
-    means = unit_means(kv.k, places, unit, unit) if summary is None else summary.k_mean[places]
+    means = unit_means(kv.k, places, unit, unit, kv.k_scale) if summary is None else summary.k_mean[places]
     return block_means(means, per_block)

@@ -32,13 +32,15 @@ def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: 
         units = torch.arange(max(start, 0) // summary.unit, -(-stop // summary.unit))
         places = locate_units(kv, request, units, summary.unit)
         tokens_in_last = stop - int(units[-1]) * summary.unit
-        summary.k_mean[places] = unit_means(kv.k, places, summary.unit, tokens_in_last)
+        summary.k_mean[places] = unit_means(kv.k, places, summary.unit, tokens_in_last, kv.k_scale)
         if summary.v_mean is not None:
-            summary.v_mean[places] = unit_means(kv.v, places, summary.unit, tokens_in_last)
+            summary.v_mean[places] = unit_means(kv.v, places, summary.unit, tokens_in_last, kv.v_scale)
 
 
-def unit_means(cache: Tensor, places: Places, unit: int, tokens_in_last: int) -> Tensor:
+def unit_means(cache: Tensor, places: Places, unit: int, tokens_in_last: int, scale: Tensor | None = None) -> Tensor:
     """Float32 means [n, Hkv, D] of n units of `cache` (kv.k or kv.v); the last holds `tokens_in_last` tokens.
+
+    `scale` is that of an FP8 cache, float32 [Hkv].
 
     A unit's mean depends on its own tokens alone, bit for bit, whichever units are asked for beside it.
     """
@@ -54,7 +56,7 @@ def unit_means(cache: Tensor, places: Places, unit: int, tokens_in_last: int) ->
             functools.partial(_mean_slab, units, slab, tokens_in_last if stop == count else unit, means[start:stop])
         )
     run_each(tasks)
-    return means
+    return means if scale is None else means.mul_(scale[:, None])
 
 
 def _mean_slab(units: Tensor, slab: Places, tokens_in_last: int, means: Tensor) -> None:

@@ -30,6 +30,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def scale_and_stride(scale: torch.Tensor | None) -> tuple[torch.Tensor | None, int | None]:
+    """Arguments of a kernel for the scales of an FP8 cache; what is None is compiled away."""
+    return (None, None) if scale is None else (scale, scale.stride(0))
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; (0, 0) for the CPU and under the interpreter."""

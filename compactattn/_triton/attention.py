@@ -10,223 +10,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from compactattn._triton import capability, next_power_of_2, on_device
+from compactattn._triton import capability, next_power_of_2, on_device, scale_and_stride
 from compactattn._triton.hopper_rule import tma_strides, why_not_hopper
 from compactattn._triton.launch import launch
+from compactattn._triton.tiles import LN_2, LOG2_E, attend_tiles, window_tiles
 from compactattn._triton.union import request_lens
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-LN_2_HIGH = tl.constexpr(0.693359375)  # ln 2 in two parts; products of the first with integers are exact
-LN_2_LOW = tl.constexpr(-2.12194440054690583e-4)
-
-
-@triton.jit
-def _locate(
-    n,
-    blocks,
-    pages,
-    limit,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Where tile n of a row lies: its first token, and its page (or, for pages smaller than a tile, each token's)."""
-    PER_BLOCK: tl.constexpr = BLOCK_SIZE // TILE
-    start = tl.load(blocks + n // PER_BLOCK) * BLOCK_SIZE + n % PER_BLOCK * TILE
-    if PAGE_SIZE >= TILE:
-        page = tl.load(pages + start // PAGE_SIZE)
-    else:
-        position = start + tl.arange(0, TILE)
-        if MASKED:
-            page = tl.load(pages + position // PAGE_SIZE, mask=position < limit, other=0)
-        else:
-            page = tl.load(pages + position // PAGE_SIZE)
-    return start, page
-
-
-@triton.jit
-def _load_tile(
-    cache,
-    stride_page,
-    stride_token,
-    stride_head,
-    start,
-    page,
-    limit,
-    kv_head,
-    PAGE_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Tokens start .. start + TILE of the request, [TILE, DIM_PADDED]; with MASKED, none at or after `limit`."""
-    token = tl.arange(0, TILE)
-    if DESCRIPTOR:  # one page holds the whole tile
-        tile = cache.load([page, start % PAGE_SIZE, kv_head, 0]).reshape(TILE, DIM_PADDED)
-        if MASKED:  # slots that no query may see can hold anything, NaN included
-            tile = tl.where((start + token < limit)[:, None], tile, 0.0)
-    else:
-        dim = tl.arange(0, DIM_PADDED)
-        offset = page.to(tl.int64) * stride_page + ((start + token) % PAGE_SIZE).to(tl.int64) * stride_token
-        pointers = cache + kv_head.to(tl.int64) * stride_head + offset[:, None] + dim[None, :]
-        if MASKED:
-            tile = tl.load(pointers, mask=(start + token < limit)[:, None] & (dim < DIM)[None, :], other=0.0)
-        elif DIM == DIM_PADDED:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(dim < DIM)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def _scores(queries, keys, PRECISE: tl.constexpr):
-    """queries . keys [ROWS, TILE]; PRECISE sums the head dimension in parts of 16, which rounds less than one chain."""
-    if PRECISE:
-        PARTS: tl.constexpr = queries.shape[1] // 16
-        q_parts = queries.reshape(queries.shape[0], PARTS, 16).permute(1, 0, 2)
-        k_parts = keys.reshape(keys.shape[0], PARTS, 16).permute(1, 2, 0)
-        s = tl.sum(tl.dot(q_parts, k_parts, input_precision="ieee"), axis=0)
-    else:
-        s = tl.dot(queries, tl.trans(keys))
-    return s
-
-
-@triton.jit
-def _weighted(p, values):
-    """p . values [ROWS, DIM] in parts of 16 keys, summed on their own.
-
-    A plain product would be chained onto the result so far, and each term rounded to the size of the whole.
-    """
-    PARTS: tl.constexpr = p.shape[1] // 16
-    p_parts = p.reshape(p.shape[0], PARTS, 16).permute(1, 0, 2)
-    v_parts = values.reshape(PARTS, 16, values.shape[1])
-    return tl.sum(tl.dot(p_parts, v_parts, input_precision="ieee"), axis=0)
-
-
-@triton.jit
-def _precise_exp(x):
-    """exp(x) for x <= 0 to the last bit or so; the hardware's exp2 alone is off by up to three.
-
-    exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where a Taylor polynomial is exact enough.
-    """
-    n = tl.floor(tl.maximum(x, -87.0) * LOG2_E + 0.5)
-    r = tl.fma(n, -LN_2_HIGH, tl.maximum(x, -87.0))
-    r = tl.fma(n, -LN_2_LOW, r)
-    p = tl.full(x.shape, 1.0 / 5040, tl.float32)
-    p = tl.fma(p, r, 1.0 / 720)
-    p = tl.fma(p, r, 1.0 / 120)
-    p = tl.fma(p, r, 1.0 / 24)
-    p = tl.fma(p, r, 1.0 / 6)
-    p = tl.fma(p, r, 0.5)
-    p = tl.fma(p, r, 1.0)
-    p = tl.fma(p, r, 1.0)
-    two_to_n = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < -87.0, 0.0, p * two_to_n)
-
-
-@triton.jit
-def _attend_tiles(
-    acc,
-    peak,
-    total,
-    queries,
-    position,
-    first_tile,
-    stop_tile,
-    blocks,
-    pages,
-    limit,
-    kv_head,
-    scale,
-    k,
-    k_stride_page,
-    k_stride_token,
-    k_stride_head,
-    v,
-    v_stride_page,
-    v_stride_token,
-    v_stride_head,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    POSITIVE_SCALE: tl.constexpr,
-    PRECISE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Online softmax over tiles [first_tile, stop_tile) of the row; MASKED where the causal edge may cut a tile.
-
-    `scale` is in base 2 (times log2 e), and so is `peak`; in natural units where PRECISE (float32).
-    """
-    if first_tile < stop_tile:
-        # two dependent loads lie between a table entry and its tile: they run one tile ahead
-        start, page = _locate(first_tile, blocks, pages, limit, BLOCK_SIZE, PAGE_SIZE, TILE, MASKED)
-        for n in range(first_tile, stop_tile):
-            keys = _load_tile(
-                k,
-                k_stride_page,
-                k_stride_token,
-                k_stride_head,
-                start,
-                page,
-                limit,
-                kv_head,
-                PAGE_SIZE,
-                DIM,
-                DIM_PADDED,
-                TILE,
-                DESCRIPTOR,
-                MASKED,
-            )
-            s = _scores(queries, keys, PRECISE)
-            if MASKED:
-                s = tl.where((start + tl.arange(0, TILE))[None, :] <= position[:, None], s, float("-inf"))
-            if PRECISE or not POSITIVE_SCALE:
-                s = tl.where(s == float("-inf"), s, s * scale)
-                new_peak = tl.maximum(peak, tl.max(s, axis=1))
-            else:
-                new_peak = tl.maximum(peak, tl.max(s, axis=1) * scale)
-                s = s * scale
-            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-            if PRECISE:
-                p = _precise_exp(s - shift[:, None])
-                decay = _precise_exp(peak - shift)
-            else:
-                p = tl.exp2(s - shift[:, None])
-                decay = tl.exp2(peak - shift)
-            total = total * decay + tl.sum(p, axis=1)
-            acc = acc * decay[:, None]
-            values = _load_tile(
-                v,
-                v_stride_page,
-                v_stride_token,
-                v_stride_head,
-                start,
-                page,
-                limit,
-                kv_head,
-                PAGE_SIZE,
-                DIM,
-                DIM_PADDED,
-                TILE,
-                DESCRIPTOR,
-                MASKED,
-            )
-            if PRECISE:
-                acc += _weighted(p, values)
-            else:
-                acc = tl.dot(p.to(values.dtype), values, acc)
-            peak = new_peak
-            following = tl.minimum(n + 1, stop_tile - 1)
-            start, page = _locate(following, blocks, pages, limit, BLOCK_SIZE, PAGE_SIZE, TILE, MASKED)
-    return acc, peak, total
+from compactattn.features import PLAIN, Features, named
 
 
 @triton.jit
@@ -241,7 +31,10 @@ def _shared_table(rows, counts, member, group_head, full_count, GROUP: tl.conste
     return one_row | complete
 
 
-@triton.jit(do_not_specialize=["page_table_stride", "q_blocks", "kv_blocks"])
+@triton.jit(
+    do_not_specialize=["page_table_stride", "q_blocks", "kv_blocks", "window", "k_scale_stride", "v_scale_stride"],
+    do_not_specialize_on_alignment=["sinks", "k_scale", "v_scale"],
+)
 def _attend_kernel(
     q,
     q_stride_token,
@@ -270,6 +63,13 @@ def _attend_kernel(
     scale,
     q_blocks,
     kv_blocks,
+    softcap,
+    window,
+    sinks,
+    k_scale,
+    k_scale_stride,
+    v_scale,
+    v_scale_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -287,7 +87,8 @@ def _attend_kernel(
 ):
     """One program per (ROWS queries of a query block, head; request), against the blocks of their table row.
 
-    Short requests pack the heads of a KV group into the rows of one program where they can walk one table.
+    Short requests pack the heads of a KV group into the rows of one program where they can walk one table. What a call
+    does not have (softcap, window, sinks, scales of an FP8 cache) is None, and compiled away.
     """
     row_tiles = q_blocks * (QUERY_BLOCK // ROWS)
     first_query = tl.program_id(0) % row_tiles * ROWS
@@ -339,23 +140,44 @@ def _attend_kernel(
             if visible > full:  # the last block's tiles beyond the last row are not touched
                 last = tl.load(blocks + visible - 1)
                 stop_tile -= PER_BLOCK - tl.minimum((limit - last * BLOCK_SIZE + TILE - 1) // TILE, PER_BLOCK)
+            if k_scale is not None:
+                scale *= tl.load(k_scale + kv_head * k_scale_stride)
             acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
-            peak = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            for masked in tl.static_range(2):
-                acc, peak, total = _attend_tiles(
+            if sinks is None:
+                peak = tl.full([ROWS], float("-inf"), tl.float32)
+                total = tl.zeros([ROWS], tl.float32)
+            else:  # the first key: its value is 0
+                peak = tl.load(sinks + row_head, mask=valid, other=0.0) * (1.0 if PRECISE else LOG2_E)
+                total = tl.full([ROWS], 1.0, tl.float32)
+            first_tile = 0
+            if window is not None:
+                first_tile, uncut = window_tiles(
+                    blocks, count, reach, first_position, limit, window, BLOCK_SIZE, PER_BLOCK
+                )
+            begin = first_tile
+            # the causal edge comes last, and the lower edge of a window first; what lies between needs no mask
+            for part in tl.static_range(2 if window is None else 3):
+                end = stop_tile
+                if part == 0 and window is not None:
+                    end = tl.minimum(uncut, full) * PER_BLOCK
+                elif part != (1 if window is None else 2):
+                    end = full * PER_BLOCK
+                acc, peak, total = attend_tiles(
                     acc,
                     peak,
                     total,
                     queries,
                     position,
-                    full * PER_BLOCK if masked else 0,
-                    stop_tile if masked else full * PER_BLOCK,
+                    begin,
+                    end,
                     blocks,
                     pages,
                     limit,
+                    None if window is None else first_position - window + 1,
                     kv_head,
                     scale if PRECISE else scale * LOG2_E,
+                    None if softcap is None else (softcap if PRECISE else softcap * LOG2_E),
+                    window,
                     k,
                     k_stride_page,
                     k_stride_token,
@@ -372,8 +194,11 @@ def _attend_kernel(
                     DESCRIPTOR,
                     POSITIVE_SCALE,
                     PRECISE,
-                    masked,
+                    part != (0 if window is None else 1),
                 )
+                begin = end if window is None else tl.maximum(end, first_tile)
+            if v_scale is not None:
+                acc *= tl.load(v_scale + kv_head * v_scale_stride)
             empty = total == 0.0
             total = tl.where(empty, 1.0, total)
             result = tl.where(empty[:, None], 0.0, tl.div_rn(acc, total[:, None]) if PRECISE else acc / total[:, None])
@@ -440,6 +265,7 @@ def attend(
     scale: float,
     out: Tensor,
     lse: Tensor | None,
+    features: Features = PLAIN,
 ) -> None:
     """Launch the kernel; writes out [T, Hq, D] and lse float32 [T, Hq]."""
     heads, dim = q.shape[1:]
@@ -447,7 +273,7 @@ def attend(
     q_blocks = batch.query_blocks(table.query_block)
     if q_blocks == 0 or q.shape[0] == 0:
         return
-    refusal = why_not_hopper(capability(q.device), q.dtype, dim, table.query_block)
+    refusal = why_not_hopper(capability(q.device), q.dtype, dim, table.query_block, named(features, kv))
     if refusal is None and scale > 0 and tma_strides(q, kv.k, kv.v):
         from compactattn._triton import hopper
 
@@ -483,6 +309,11 @@ def attend(
             scale,
             q_blocks,
             table.indices.shape[1],
+            features.softcap,
+            features.window,
+            features.sinks,
+            *scale_and_stride(kv.k_scale),
+            *scale_and_stride(kv.v_scale),
             constants={
                 "HEADS": heads,
                 "GROUP": group,

@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactattn._triton import next_power_of_2, on_device
+from compactattn._triton import next_power_of_2, on_device, scale_and_stride
 from compactattn._triton.union import request_lens
 from compactattn.data import PagedKV, PrefillBatch
 from compactattn.selectors import Oracle, XAttention
 
 
 @triton.jit(
-    do_not_specialize=["page_table_stride", "row_tiles", "key_tiles", "parts", "strided_rows"],
+    do_not_specialize=["page_table_stride", "k_scale_stride", "row_tiles", "key_tiles", "parts", "strided_rows"],
     do_not_specialize_on_alignment=["page_table", "cu_seqlens_q", "seq_lens"],
 )
 def _strided_lse_kernel(
@@ -31,6 +31,8 @@ def _strided_lse_kernel(
     seq_lens,
     part_lse,
     scale,
+    k_scale,
+    k_scale_stride,
     row_tiles,
     key_tiles,
     parts,
@@ -75,8 +77,10 @@ def _strided_lse_kernel(
             )
             k_offset = page * k_stride_page + (key % PAGE_SIZE).to(tl.int64) * k_stride_token
             k_pointers = k + (head // GROUP).to(tl.int64) * k_stride_head + k_offset[:, None] + dim[None, :]
-            keys = tl.load(k_pointers, mask=exists[:, None] & (dim < DIM)[None, :], other=0.0)
+            keys = tl.load(k_pointers, mask=exists[:, None] & (dim < DIM)[None, :], other=0.0).to(queries.dtype)
             s += tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        if k_scale is not None:  # of an FP8 cache
+            scale *= tl.load(k_scale + head // GROUP * k_scale_stride)
         seen = known[:, None] & ((n * STRIDE)[None, :] <= last_position[:, None])
         s = tl.where(seen, s * scale, float("-inf")).reshape(ROWS, KEYS // PART, PART)
         peak = tl.max(s, axis=2)
@@ -120,6 +124,7 @@ def block_mass(
                 batch.seq_lens,
                 part_lse,
                 scale / stride,
+                *scale_and_stride(kv.k_scale),
                 row_tiles,
                 key_tiles,
                 parts,

@@ -16,7 +16,9 @@ from torch import Tensor
 from compactattn._triton import next_power_of_2, on_device
 from compactattn._triton.attention import attend
 from compactattn._triton.summary import block_means
+from compactattn._triton.tiles import capped
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
+from compactattn.features import PLAIN, Features
 
 
 @triton.jit(do_not_specialize=["q_blocks", "kv_blocks", "log_tokens"])
@@ -36,6 +38,7 @@ def _correction_kernel(
     listed_stride,
     rows,
     scale,
+    softcap,
     log_tokens,
     q_blocks,
     kv_blocks,
@@ -78,8 +81,10 @@ def _correction_kernel(
             offset = means + block.to(tl.int64)[:, None] * DIM + dim[None, :]
             there = left_out[:, None] & (dim < DIM)[None, :]
             keys = tl.load(k_means + offset, mask=there, other=0.0)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale + log_tokens
-            scores = tl.where(left_out[None, :], scores, float("-inf"))
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            if softcap is not None:
+                scores = capped(scores, softcap, queries.dtype == tl.float32)
+            scores = tl.where(left_out[None, :], scores + log_tokens, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             weights = tl.exp(scores - base[:, None])
@@ -114,16 +119,18 @@ def attend_corrected(
     summary: KVSummary,
     out: Tensor,
     lse: Tensor | None,
+    features: Features = PLAIN,
 ) -> None:
     """`attend`, where every complete past block that a row leaves out is one more key and value: its means.
 
-    Means are averaged in float32 and rounded once to the cache's dtype.
+    Means are averaged in float32 and rounded once to the queries' dtype. Sinks are part of what attention over the
+    table leaves in lse, and so of the merged result.
     """
     heads, dim = q.shape[1:]
     blocks, kv_blocks = batch.query_blocks(table.query_block), batch.kv_blocks(table.block_size)
     if lse is None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    attend(q, kv, batch, table, scale, out, lse)
+    attend(q, kv, batch, table, scale, out, lse, features)
     if blocks == 0 or kv_blocks == 0:
         return
     assert summary.v_mean is not None
@@ -151,6 +158,7 @@ def attend_corrected(
             listed.stride(0),
             table.rows,
             scale,
+            features.softcap,
             math.log(table.block_size),
             blocks,
             kv_blocks,

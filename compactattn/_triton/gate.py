@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactattn._triton import next_power_of_2, on_device
+from compactattn._triton import next_power_of_2, on_device, scale_and_stride
 from compactattn._triton.summary import stale_units
 from compactattn.data import GateKeys, PagedKV, PrefillBatch
 
@@ -31,7 +31,7 @@ def _store_pooled(target, x, valid, count, dim, DIM: tl.constexpr, HALF: tl.cons
     tl.store(target + 2 * DIM + dim, tl.sum(tl.where(valid, x, 0.0), axis=0) / count, mask=dim < HALF)
 
 
-@triton.jit(do_not_specialize=["page_table_stride", "since_int"])
+@triton.jit(do_not_specialize=["page_table_stride", "since_int", "scale_stride"])
 def _gate_keys_kernel(
     cache,
     cache_stride_page,
@@ -45,6 +45,8 @@ def _gate_keys_kernel(
     since_int,
     inv_freq,
     rope_scale,
+    scale,
+    scale_stride,
     pooled,
     PAGE_SIZE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -75,6 +77,8 @@ def _gate_keys_kernel(
         valid = (start + token < seq_len)[:, None] & (dim < HALF)[None, :]
         frequency = tl.load(inv_freq + dim, mask=dim < HALF, other=0.0)
         low, high = _unrotated(pointers, valid, start + token, frequency, rope_scale, HALF)
+        if scale is not None:  # of an FP8 cache
+            low, high = low * tl.load(scale + head * scale_stride), high * tl.load(scale + head * scale_stride)
         count = tl.minimum(UNIT, seq_len - start).to(tl.float32)
         index = page * (PAGE_SIZE // UNIT) + slot // UNIT
         target = pooled + (index * HEADS + head) * (6 * HALF)
@@ -100,6 +104,7 @@ def update_gate(kv: PagedKV, batch: PrefillBatch, gate: GateKeys, unit: int, sin
             since if isinstance(since, int) else 0,
             gate.inv_freq,
             gate.rope_scale,
+            *scale_and_stride(kv.k_scale),
             gate.pooled,
             PAGE_SIZE=kv.page_size,
             UNIT=unit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -12,12 +14,14 @@ GLUON_VERSIONS = ((3, 6),)
 GLUON_COMPILED = ((3, 7), (3, 9))
 
 
-def why_not_hopper(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, query_block: int) -> str | None:
+def why_not_hopper(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, query_block: int, features: Sequence[str] = ()
+) -> str | None:
     """Why the warp-specialised Hopper kernels do not run this problem, or None if they do.
 
     The rule: compute capability 9.0, a Triton version of GLUON_VERSIONS, float16 or bfloat16, head dimension 64 or
-    128, query blocks of 128, a positive scale, and strides of what is read that TMA takes. Everything else runs the
-    general kernels.
+    128, query blocks of 128, a positive scale, and strides of what is read that TMA takes; for attention also none of
+    the model's `features` (`compactattn.features.named`). Everything else runs the general kernels.
     """
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if capability != (9, 0):
@@ -32,6 +36,8 @@ def why_not_hopper(capability: tuple[int, int], dtype: torch.dtype, head_dim: in
         return f"head dimension {head_dim}, not 64 or 128"
     if query_block != 128:
         return f"query blocks of {query_block}, not 128"
+    if features:
+        return f"{' and '.join(features)}, which only the general kernel has"
     return None
 
 

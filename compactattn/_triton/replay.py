@@ -162,6 +162,7 @@ def kind_of_step(
     if not (
         type(selector) is FlashPrefill
         and type(kv) is PagedKV
+        and kv.k_scale is None  # scales are not among the inputs
         and type(batch) is PrefillBatch
         and (summary is None or (type(summary) is KVSummary and summary.gate is None))
         and correction is False

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import next_power_of_2, on_device
+from compactattn._triton import next_power_of_2, on_device, scale_and_stride
 from compactattn._triton.launch import launch
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 
@@ -16,8 +16,8 @@ SINCE_PAST, SINCE_INT, SINCE_TENSOR = 0, 1, 2
 
 
 @triton.jit(
-    do_not_specialize=["page_table_stride", "since_int", "units"],
-    do_not_specialize_on_alignment=["page_table", "cu_seqlens_q", "seq_lens", "since"],
+    do_not_specialize=["page_table_stride", "since_int", "scale_stride", "units"],
+    do_not_specialize_on_alignment=["page_table", "cu_seqlens_q", "seq_lens", "since", "scale"],
 )
 def _unit_means_kernel(
     cache,
@@ -30,6 +30,8 @@ def _unit_means_kernel(
     seq_lens,
     since,
     since_int,
+    scale,
+    scale_stride,
     means,
     units,
     PAGE_SIZE: tl.constexpr,
@@ -69,6 +71,8 @@ def _unit_means_kernel(
         valid = (start + token < seq_len)[:, None] & (dim < DIM)[None, :]
         total = tl.sum(tl.load(pointers, mask=valid, other=0.0).to(tl.float32), axis=0)
         mean = total / tl.minimum(UNIT, seq_len - start).to(tl.float32)
+        if scale is not None:  # of an FP8 cache
+            mean *= tl.load(scale + head * scale_stride)
         index = page * (PAGE_SIZE // UNIT) + slot // UNIT if BY_PAGE else b.to(tl.int64) * units + unit
         tl.store(means + (index * HEADS + head) * DIM + dim, mean, mask=dim < DIM)
 
@@ -82,6 +86,7 @@ def stale_units(batch: PrefillBatch, unit: int, since: Tensor | int | None) -> t
 
 def _launch_unit_means(
     cache: Tensor,
+    scale: Tensor | None,
     kv: PagedKV,
     batch: PrefillBatch,
     since: Tensor | int | None,
@@ -104,6 +109,7 @@ def _launch_unit_means(
             batch.seq_lens,
             since if isinstance(since, Tensor) else batch.seq_lens,
             since if isinstance(since, int) else 0,
+            *scale_and_stride(scale),
             means,
             units,
             constants={
@@ -123,9 +129,9 @@ def _launch_unit_means(
 
 def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: Tensor | int | None) -> None:
     """Recompute in place every unit that holds a position in [since, seq_lens); since None is past_lens."""
-    _launch_unit_means(kv.k, kv, batch, since, summary.k_mean, summary.unit, by_page=True)
+    _launch_unit_means(kv.k, kv.k_scale, kv, batch, since, summary.k_mean, summary.unit, by_page=True)
     if summary.v_mean is not None:
-        _launch_unit_means(kv.v, kv, batch, since, summary.v_mean, summary.unit, by_page=True)
+        _launch_unit_means(kv.v, kv.v_scale, kv, batch, since, summary.v_mean, summary.unit, by_page=True)
 
 
 @triton.jit(
@@ -188,7 +194,7 @@ def block_means(
     blocks_per_program = max(1, 16 * unit // block_size)
     if summary is None:
         means = torch.empty((batch.size, units, heads, dim), dtype=torch.float32, device=kv.k.device)
-        _launch_unit_means(kv.k, kv, batch, 0, means, unit, by_page=False)
+        _launch_unit_means(kv.k, kv.k_scale, kv, batch, 0, means, unit, by_page=False)
     else:
         means = summary.k_mean
     with on_device(kv.k):

@@ -1,0 +1,71 @@
+"""The figures of a fidelity result: accuracy against density, and bits per byte against density, by context."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fidelity.findings import Point, Record, bits_ratio, families, points, settings_of
+from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS
+from benchmarks.figure import canvas, finish, lines
+from benchmarks.records import tokens
+
+
+def draw_accuracy(result: Record, path: Path) -> None:
+    """A panel per context at the chunk that was swept most: greedy accuracy over the needle tasks."""
+    figure, panels, settings = _panels(result)
+    for panel, (context, chunk) in zip(panels, settings, strict=False):
+        found = points(result, context, chunk)
+        _sweeps(panel, result, found, lambda point: point.mean(NEEDLE_TASKS))
+        if DENSE in found:
+            panel.axhline(found[DENSE].mean(NEEDLE_TASKS), color="black", linewidth=0.8, label="dense")
+        title = f"{tokens(context)}, chunk {chunk}: needle tasks"
+        panel.set(title=title, xlabel="density of the past", ylabel="share of right words", ylim=(-0.03, 1.03))
+    finish(figure, panels, result, path, one_legend=True)
+
+
+def draw_bits(result: Record, path: Path) -> None:
+    """The same panels: bits per byte on held-out text over dense."""
+    figure, panels, settings = _panels(result)
+    for panel, (context, chunk) in zip(panels, settings, strict=False):
+        found = points(result, context, chunk)
+        dense = found.get(DENSE)
+
+        def over_dense(point: Point, dense: Point | None = dense) -> float:
+            ratio = None if dense is None else bits_ratio(point, dense)
+            return float("nan") if ratio is None else ratio[0]
+
+        _sweeps(panel, result, found, over_dense)
+        title = f"{tokens(context)}, chunk {chunk}: held-out text"
+        panel.set(title=title, xlabel="density of the past", ylabel="bits per byte ÷ dense")
+    finish(figure, panels, result, path, one_legend=True)
+
+
+def _panels(result: Record) -> tuple[Any, Any, list[tuple[int, int]]]:
+    """(figure, panels, settings): at most four contexts, at the chunk that most of them have."""
+    settings = settings_of(result)
+    chunks = [chunk for _, chunk in settings]
+    chunk = max(chunks, key=chunks.count)
+    settings = [pair for pair in settings if pair[1] == chunk][:4]
+    figure, panels = canvas(max(2, len(settings)))
+    return figure, panels, settings
+
+
+def _sweeps(panel: Any, result: Record, found: dict[str, Point], value: Any) -> None:
+    """A line per family over its sweep, of one colour in every panel; the control is a cross.
+
+    Families with a change (dense layers, mean correction and so on) have tables of their own.
+    """
+    names = [name for name in dict.fromkeys(row["family"] for row in result["rows"].values()) if " + " not in name]
+    for family, sweep in families(found).items():
+        if family in names and sweep[0].row["parameter"]:
+            points_of = [(point.density, value(point)) for point in sweep]
+            lines(panel, {family: points_of}, f"C{names.index(family) % 10}o-")
+    if CONTROL in found and not math.isnan(found[CONTROL].density):
+        lines(panel, {CONTROL: [(found[CONTROL].density, value(found[CONTROL]))]}, "kx")
+    panel.set_xscale("log")
+
+
+FIGURES = {"": draw_accuracy, "-bits": draw_bits}
+"""Figures by what is added to the result's name."""

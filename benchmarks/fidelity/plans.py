@@ -1,0 +1,257 @@
+"""Which rows are measured over which contexts and chunks, on how many items, and what that is planned to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from benchmarks.testbed.tasks import SHORTEST
+
+K = 1024
+UNSHARED = "FlashPrefill unshared"
+PAPER = "CompactAttention-FP {} x chunk"
+CONTROL, DENSE, QUOKA = "sink and window only", "dense", "QUOKA"
+LAST_BLOCKS = {"dense_last_blocks": 2}
+SINK_BLOCKS, WINDOW_BLOCKS = 2, 4  # of the control, as in FlashPrefill's own settings
+NEEDLE_TASKS = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "variable_tracking")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one setting.
+
+    Attributes:
+        name: unique.
+        family: the sweep that it is a point of.
+        kind: "dense" (transformers' own attention, the prompt in one piece), "library" or "quoka".
+        priority: 0 for the rows of the final comparison, 1 for every sweep, 2 for rows beside the question.
+        selector: name of the library's selector.
+        settings: of the selector; for QUOKA of `quoka_select`.
+        heads, span: heads and query blocks that share a table; span None is the whole chunk.
+        dense_layers: the first so many layers are dense.
+        correction: whether blocks that are left out speak through their means.
+        parameter: the setting that the family sweeps, None for a family of one.
+    """
+
+    name: str
+    family: str
+    kind: str
+    priority: int = 1
+    selector: str = ""
+    settings: Mapping[str, float] = field(default_factory=dict)
+    heads: int = 1
+    span: int | None = 1
+    dense_layers: int = 0
+    correction: bool = False
+    parameter: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"settings": dict(self.settings)}
+
+
+def sweep(
+    family: str,
+    selector: str,
+    parameter: str,
+    values: Mapping[float, int],
+    *,
+    heads: int = 1,
+    span: int | None = 1,
+    **others: Any,
+) -> list[Row]:
+    """A row per value of a selector's parameter; `values` gives each one's priority."""
+    settings = others.pop("settings", {})
+    return [
+        Row(
+            f"{family}: {parameter} {value:g}",
+            family,
+            "library",
+            priority,
+            selector,
+            {parameter: value, **settings},
+            heads,
+            span,
+            parameter=parameter,
+            **others,
+        )
+        for value, priority in values.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a plan: rows up to a priority, at one context and chunk.
+
+    Attributes:
+        context: tokens of prompt and answer together, a multiple of `chunk`.
+        first, last: which items of each task.
+        priority: rows of this priority or a lower number.
+        windows: of held-out text for bits per byte; 0 measures none.
+        probes: prompts, of text and every task in turn, to measure density, coverage and error on; 0 measures none.
+    """
+
+    context: int
+    chunk: int
+    first: int
+    last: int
+    priority: int
+    windows: int = 0
+    probes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.context < SHORTEST or self.context % self.chunk or self.chunk < 128:
+            raise ValueError(
+                f"context: expected a multiple of the chunk, which has at least 128 tokens, and {SHORTEST} at least; "
+                f"got {self.context} and {self.chunk}"
+            )
+        if not 0 <= self.first < self.last:
+            raise ValueError(f"items: expected a range, got {self.first} to {self.last}")
+
+    def __str__(self) -> str:
+        return f"{self.context}/{self.chunk} items {self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Stages and rows, where they run, and for how long.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        rows: in the order in which each stage takes them.
+        budget_seconds: no new cell begins that is not expected to end in this time.
+        tokens_at_once: prompt tokens of one batch.
+    """
+
+    device: str
+    stages: tuple[Stage, ...]
+    rows: tuple[Row, ...]
+    budget_seconds: float
+    tokens_at_once: int
+
+    def cells(self) -> Iterator[tuple[Stage, Row]]:
+        for stage in self.stages:
+            for row in self.rows:
+                if row.priority <= stage.priority:
+                    yield stage, row
+
+
+def preset(name: str) -> Preset:
+    """The plan of a preset.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    if name == "h200":
+        return Preset("cuda", _h200_stages(), _rows(), 540.0, 4 * K * K)
+    if name == "cpu":
+        stages = (Stage(K, 256, 0, 1, 1, windows=1, probes=2),)
+        return Preset("cpu", stages, _cpu_rows(), 150.0, 16 * K)
+    raise ValueError(f"--preset: expected h200 or cpu, got {name!r}")
+
+
+def _h200_stages() -> tuple[Stage, ...]:
+    """Over its contexts at chunk 1024 every row meets 512 items of each task or more; those of the final comparison
+    meet 512 at 16K and at 32K alone."""
+    return (
+        Stage(16 * K, K, 0, 192, 2, windows=24, probes=16),
+        Stage(32 * K, K, 0, 64, 1, windows=16, probes=8),
+        Stage(16 * K, K, 192, 512, 0),
+        Stage(32 * K, K, 64, 512, 0),
+        Stage(8 * K, K, 0, 160, 2, windows=32, probes=16),
+        Stage(4 * K, K, 0, 160, 2, windows=32, probes=16),
+        Stage(16 * K, 512, 0, 96, 1, windows=24, probes=16),
+        Stage(4 * K, 512, 0, 96, 1, windows=32, probes=16),
+        Stage(32 * K, 512, 0, 64, 0, windows=16, probes=8),
+    )
+
+
+def fixed_rows() -> list[Row]:
+    """What every sweep is held against."""
+    forced = {"top_k": 0, "sink_blocks": SINK_BLOCKS, "window_blocks": WINDOW_BLOCKS}
+    return [
+        Row(DENSE, DENSE, "dense", 0),
+        Row(CONTROL, CONTROL, "library", 0, "Oracle", forced),
+        Row("dense through the library", "dense through the library", "library", 2, "Dense"),
+    ]
+
+
+def quoka_rows(budgets: dict[float, int]) -> list[Row]:
+    """QUOKA at shares of the past; a quarter is its own and its comparison's with CompactAttention."""
+    return [
+        Row(
+            f"{QUOKA}: kv_ratio {ratio:g}", QUOKA, "quoka", priority, settings={"kv_ratio": ratio}, parameter="kv_ratio"
+        )
+        for ratio, priority in budgets.items()
+    ]
+
+
+def _rows() -> tuple[Row, ...]:
+    rows = fixed_rows()
+    rows += sweep(UNSHARED, "FlashPrefill", "alpha", {0.6: 1, 0.25: 0, 0.12: 0, 0.05: 1, 0.02: 1})
+    rows += quoka_rows({0.25: 1, 0.15: 0, 0.10: 0, 0.05: 1})
+    rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", {0.95: 1, 0.6: 0, 0.35: 0, 0.15: 1}, heads=4, span=None)
+    for heads in (2, 1):
+        rows += sweep(PAPER.format(heads), "FlashPrefill", "alpha", {0.8: 1, 0.35: 1, 0.12: 1}, heads=heads, span=None)
+    rows += sweep("XAttention unshared", "XAttention", "threshold", {0.95: 1, 0.85: 1, 0.7: 1})
+    gate = {0.02: 1, 0.008: 1, 0.002: 1}
+    rows += sweep("SeerAttention unshared", "SeerGate", "threshold", gate)
+    rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", gate, heads=4, span=None)
+    rows += sweep("Oracle unshared", "Oracle", "mass", {0.98: 1, 0.93: 1, 0.8: 1})
+    return (
+        *rows,
+        *_beside(UNSHARED, 1, 1, (0.25, 0.08), (1,)),
+        *_beside(PAPER.format(4), 4, None, (0.6, 0.25), (1, 2)),
+    )
+
+
+def _beside(family: str, heads: int, span: int | None, alphas: Sequence[float], first: Sequence[int]) -> list[Row]:
+    """A family again: with its first layers dense, with the end of the prompt dense, and with the mean correction."""
+    values = dict.fromkeys(alphas, 2)
+    rows = []
+    for count in first:
+        name = f"{family} + first {count} layer{'s' * (count > 1)} dense"
+        rows += sweep(name, "FlashPrefill", "alpha", values, heads=heads, span=span, dense_layers=count)
+    name = f"{family} + last 2 query blocks dense"
+    rows += sweep(name, "FlashPrefill", "alpha", values, heads=heads, span=span, settings=LAST_BLOCKS)
+    name = f"{family} + mean correction"
+    return rows + sweep(name, "FlashPrefill", "alpha", values, heads=heads, span=span, correction=True)
+
+
+def _cpu_rows() -> tuple[Row, ...]:
+    """One row of every kind, then a second one of the main sweeps."""
+    first, second = {0.8: 1}, {0.18: 1}
+    rows = fixed_rows()[:2]
+    rows += sweep(UNSHARED, "FlashPrefill", "alpha", first)
+    rows += quoka_rows({0.25: 1})
+    rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", first, heads=4, span=None)
+    rows += sweep("XAttention unshared", "XAttention", "threshold", {0.8: 1})
+    rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", {0.02: 1}, heads=4, span=None)
+    rows += sweep("Oracle unshared", "Oracle", "mass", {0.9: 1})
+    rows += sweep(f"{UNSHARED} + last 2 query blocks dense", "FlashPrefill", "alpha", first, settings=LAST_BLOCKS)
+    rows += sweep(f"{UNSHARED} + mean correction", "FlashPrefill", "alpha", first, correction=True)
+    rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", second, heads=4, span=None)
+    return (*rows, *quoka_rows({0.5: 1}))
+
+
+# ---- what a plan costs ----
+
+# Seconds per million prompt tokens at 32K on an H200 and at 1K on a CPU, and per decode step: planning figures, not
+# measurements. A run replaces their common factor by what its first cells took.
+_SECONDS_PER_MILLION = {"cuda": 0.5, "cpu": 400.0}
+_DECODE_STEP_SECONDS = {"cuda": 0.01, "cpu": 0.03}
+_KIND_FACTORS = {"dense": 1.6, "quoka": 3.0, "FlashPrefill": 1.0, "XAttention": 1.5, "Oracle": 2.0, "SeerGate": 1.2}
+_ANSWER_TOKENS = 23  # mean over the tasks
+TASK_COUNT = 7
+
+
+def planned_seconds(stage: Stage, row: Row, device: str, tokens_at_once: int) -> float:
+    """What one cell is planned to take; the shorter contexts of a GPU cost less per token."""
+    items = stage.last - stage.first
+    prompt_tokens = stage.context * (TASK_COUNT * items + stage.windows + 3 * stage.probes)
+    factor = _KIND_FACTORS.get(row.kind, _KIND_FACTORS.get(row.selector, 1.6))
+    if device == "cuda":
+        factor *= 0.4 + 0.6 * stage.context / (32 * K)
+    batches = TASK_COUNT * -(-items * stage.context // max(tokens_at_once, stage.context))
+    decoding = batches * _ANSWER_TOKENS * _DECODE_STEP_SECONDS[device]
+    return prompt_tokens / 1e6 * factor * _SECONDS_PER_MILLION[device] + decoding

@@ -1,0 +1,319 @@
+"""`python -m benchmarks report FIDELITY.json`: Markdown tables and figures, from the JSON alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.fidelity import figure
+from benchmarks.fidelity.findings import (
+    DENSITIES,
+    MEASURES,
+    Point,
+    Record,
+    at_density,
+    best_within,
+    bits_ratio,
+    difference,
+    families,
+    judge,
+    load,
+    measuring_tasks,
+    points,
+    quoka_points,
+    settings_of,
+)
+from benchmarks.fidelity.plans import DENSE, NEEDLE_TASKS, QUOKA
+from benchmarks.records import table, tokens
+from benchmarks.report_targets import Target
+from benchmarks.testbed.intervals import wilson
+from benchmarks.testbed.tasks import TASKS
+
+GOAL_DENSITY = 0.15
+GOAL_CONTEXTS = (16384, 32768)
+QUOKA_TASKS = ("niah_multiquery", "niah_multikey")
+SHORT_NAMES = {task: task.replace("niah_", "").replace("_", " ") for task in TASKS}
+
+
+def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
+    """Write NAME.md, NAME.png (accuracy against density) and NAME-bits.png (bits per byte); the text first."""
+    result = load(path)
+    out = path.parent if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    held = {suffix: draw for suffix, draw in figure.FIGURES.items() if settings_of(result)}
+    pictures = {out / f"{path.stem}{suffix}.png": draw for suffix, draw in held.items()}
+    text = out / f"{path.stem}.md"
+    text.write_text(markdown(result, [picture.name for picture in pictures]), encoding="utf-8")
+    for picture, draw in pictures.items():
+        draw(result, picture)
+    return text, *pictures
+
+
+def markdown(result: Record, pictures: Sequence[str]) -> str:
+    """The whole report; `pictures` are the figures' file names."""
+    where = result["runs"][-1]["environment"]
+    known = ", ".join(f"{name} {value}" for name, value in where.items() if name != "gpu" and value is not None)
+    lines = [f"# Fidelity, preset {result['preset']}", "", f"{where['gpu'] or 'CPU'}; {known}", ""]
+    lines += [_model_line(result), "", *(f"- {line}" for line in result["protocol"]), ""]
+    lines += [f"![{name}]({name})\n" for name in pictures]
+    lines += ["## Does the test measure anything?", "", *_verdicts(result), ""]
+    for title, section in SECTIONS:
+        body = section(result)
+        if body:
+            lines += [f"## {title}", "", *body, ""]
+    return "\n".join(lines)
+
+
+def _model_line(result: Record) -> str:
+    model = result["model"]
+    words = f"Model: weights {model['weights']}, {model['parameters']} parameters, {model['dtype']}"
+    words += f"; gates {model['gate']}" if model["gate"] else "; no gates"
+    training = model.get("training")
+    if training:
+        words += f"; trained {training['steps']} steps, {training['seconds']} s on {training['device']}"
+        words += "" if training["complete"] else " (NOT COMPLETE)"
+        words += "" if training["tasks"] else "; NOT TRAINED ON THE TASKS"
+    return words + f"; corpus {result['corpus']}."
+
+
+def _where(context: int, chunk: int) -> str:
+    return f"context {tokens(context)}, chunk {chunk}"
+
+
+def _verdicts(result: Record) -> list[str]:
+    """The control on items whose needles all have to be selected; without it nothing is known to be measured."""
+    rows = []
+    for context, chunk in settings_of(result):
+        for measure, measure_name in MEASURES.items():
+            for task in NEEDLE_TASKS:
+                verdict = judge(result, context, chunk, task, measure)
+                if verdict is not None:
+                    high = (
+                        f"{verdict.control:.2f} (≤ {verdict.high:.2f})" if verdict.items and verdict.dense >= 0 else "-"
+                    )
+                    cells = (verdict.items, high, verdict.dense, verdict.words)
+                    rows.append((_where(context, chunk), measure_name, SHORT_NAMES[task], *cells))
+    if not rows:
+        return ["The control (sink and window only) was not run: **nothing below is known to measure a selection.**"]
+    good = {
+        pair: measuring_tasks(result, *pair) + measuring_tasks(result, *pair, "in_chunk")
+        for pair in settings_of(result)
+    }
+    lines = ["Shares answered without a fault, of the items whose needles all lie outside sink, window and chunk."]
+    if not any(good.values()):
+        lines += ["", "**The control fails on no task as it must: these tasks measure nothing on this model.**"]
+    elif not all(good.values()):
+        bad = "; ".join(_where(*pair) for pair, tasks in good.items() if not tasks)
+        lines += ["", f"**Nothing is known to be measured at {bad}.**"]
+    head = ("", "score", "task", "items", "control", "dense", "verdict")
+    return [*lines, "", *table(head, rows)]
+
+
+def _goals_section(result: Record) -> list[str]:
+    """The goals at 16K and 32K, chunk 1024, with what was measured."""
+    targets: list[tuple[Target, str]] = []
+    for context in GOAL_CONTEXTS:
+        found = points(result, context, 1024)
+        dense, best = found.get(DENSE), best_within(found, GOAL_DENSITY, tuple(TASKS))
+        if dense is None or best is None:
+            continue
+        where, name = tokens(context), f"{best.row['name']}, density {best.density:.3f}"
+        for measure, measure_name in MEASURES.items():
+            gap = difference(best, dense, tuple(TASKS), measure)
+            if gap is not None:
+                what = f"{where}, {measure_name}: best row at density ≤ {GOAL_DENSITY} ({name}) less dense, all tasks"
+                targets.append((Target(what, -0.5, gap.points), str(gap)))
+        ratio = bits_ratio(best, dense)
+        if ratio is not None:
+            measured = f"{ratio[0]:.4f} ({ratio[1]:.4f} to {ratio[2]:.4f})"
+            targets.append((Target(f"{where}: its bits per byte ÷ dense", 1.005, ratio[0], most=True), measured))
+        for measure in MEASURES:
+            targets += _quoka_targets(found, where, measure)
+    rows = [
+        (one.what, f"{'≤' if one.most else '≥'} {one.bound:g}", measured, "yes" if one.met else "**no**")
+        for one, measured in targets
+    ]
+    body = table(("", "goal", "measured (95 %)", "met"), rows)
+    words = "Accuracy in points. The best row (by greedy answers) and the best family are picked on the items that they"
+    return [f"{words} are then judged on, which flatters them.", "", *body] if body else []
+
+
+def _quoka_targets(found: dict[str, Point], where: str, measure: str) -> list[tuple[Target, str]]:
+    """At each density of QUOKA that a family of the library reaches, the best family's lead."""
+    targets = []
+    for point in quoka_points(found):
+        gaps = {}
+        for family, sweep in families(found).items():
+            own = sweep[0].row
+            if own["kind"] == "library" and own["selector"] not in ("Dense", "Oracle"):
+                level = at_density(sweep, point.density)
+                gaps[family] = None if level is None else difference(level, point, QUOKA_TASKS, measure)
+        leads = {family: gap for family, gap in gaps.items() if gap is not None}
+        if leads:
+            family = max(leads, key=lambda name: leads[name].points)
+            what = (
+                f"{where}, {MEASURES[measure]}: {family} less {point.row['name']}, both at density {point.density:.3f}"
+            )
+            what += ", multi-query and multi-key"
+            targets.append((Target(what, 5.0, leads[family].points), str(leads[family])))
+    return targets
+
+
+def _equal_section(result: Record) -> list[str]:
+    """Families between their neighbours of each density: accuracy over the needle tasks, and less dense."""
+    lines = [
+        "Mean over the five needle tasks, less dense, in points (95 %). Each family between the two points of its sweep"
+        " that enclose the density, interpolated linearly item by item; a dash is outside its sweep.",
+        "",
+    ]
+    for measure, measure_name in MEASURES.items():
+        rows = []
+        for context, chunk in settings_of(result):
+            found = points(result, context, chunk)
+            if DENSE not in found:
+                continue
+            for family, sweep in families(found).items():
+                levels = [at_density(sweep, density) for density in DENSITIES]
+                if len(sweep) > 1 and any(levels):
+                    gaps = [level and difference(level, found[DENSE], NEEDLE_TASKS, measure) for level in levels]
+                    rows.append((_where(context, chunk), family, *(str(gap) if gap else "-" for gap in gaps)))
+        body = table(("", measure_name, *(f"at {density:g}" for density in DENSITIES)), rows)
+        lines += [*body, ""] if body else []
+    return lines if len(lines) > 2 else []
+
+
+def _quoka_section(result: Record) -> list[str]:
+    """Every family at QUOKA's own densities: multi-query and multi-key, families less QUOKA."""
+    rows = []
+    for context, chunk in settings_of(result):
+        found = points(result, context, chunk)
+        for point in quoka_points(found):
+            for family, sweep in families(found).items():
+                level = at_density(sweep, point.density)
+                if family != QUOKA and len(sweep) > 1 and level is not None:
+                    gaps = (
+                        difference(level, point, tasks, measure)
+                        for tasks in (QUOKA_TASKS, NEEDLE_TASKS)
+                        for measure in MEASURES
+                    )
+                    rows.append(
+                        (_where(context, chunk), point.row["name"], point.density, family, *map(_or_dash, gaps))
+                    )
+    head = ["", "QUOKA", "density", "family"]
+    head += [
+        f"{tasks}, {name}" for tasks in ("multi-query and multi-key", "needle tasks") for name in MEASURES.values()
+    ]
+    body = table(head, rows)
+    return ["Points of each family less QUOKA's at QUOKA's density (95 %).", "", *body] if body else []
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _beside_section(result: Record) -> list[str]:
+    """Families with a change against the same family without it, at the density of each changed point."""
+    rows = []
+    for context, chunk in settings_of(result):
+        found = points(result, context, chunk)
+        swept = families(found)
+        for family, sweep in swept.items():
+            base = swept.get(family.partition(" + ")[0], [])
+            if " + " not in family or len(base) < 2:
+                continue
+            for point in sweep:
+                level = at_density(base, point.density)
+                same = next((one for one in base if _sweeps_alike(one.row, point.row)), None)
+                gaps = (
+                    None if other is None else difference(point, other, NEEDLE_TASKS, measure)
+                    for other in (level, same)
+                    for measure in MEASURES
+                )
+                rows.append((_where(context, chunk), point.row["name"], point.density, *map(_or_dash, gaps)))
+    head = ["", "row", "density"]
+    head += [f"{name}, {base}" for base in ("at equal density", "at equal alpha") for name in MEASURES.values()]
+    body = table(head, rows)
+    words = "Points over the needle tasks, with the change less without it (95 %)."
+    return [words, "", *body] if body else []
+
+
+def _sweeps_alike(row: Record, other: Record) -> bool:
+    parameter = row["parameter"]
+    return parameter == other["parameter"] and row["settings"].get(parameter) == other["settings"].get(parameter)
+
+
+def _pooled_section(result: Record) -> list[str]:
+    """Every row over all contexts of a chunk: each item counts alike."""
+    lines = []
+    settings = settings_of(result)
+    for chunk in dict.fromkeys(chunk for _, chunk in settings):
+        contexts = [context for context, its in settings if its == chunk]
+        by_context = [points(result, context, chunk) for context in contexts]
+        rows = []
+        for name in result["rows"]:
+            met = [found[name].scores["greedy"] for found in by_context if name in found]
+            if met:
+                rows.append((name, *(_score(np.concatenate([scores[task] for scores in met])) for task in TASKS)))
+        where = ", ".join(map(tokens, contexts))
+        if len(contexts) > 1:
+            lines += [f"Chunk {chunk}, contexts {where}; greedy.", "", *table(("", *SHORT_NAMES.values()), rows), ""]
+    return lines
+
+
+def _rows_section(result: Record) -> list[str]:
+    """Every row: densities, coverage, errors, scores of every task, bits per byte."""
+    lines = []
+    for context, chunk in settings_of(result):
+        found = points(result, context, chunk)
+        rows = [_probe_cells(point, found.get(DENSE)) for point in found.values()]
+        head = ("", "own mask", "span union", "table", "KV group", "coverage", "under 0.9", "worst", "error")
+        lines += [f"### {_where(context, chunk)}", "", *table((*head, "bits per byte ÷ dense (95 %)"), rows), ""]
+        for measure, measure_name in MEASURES.items():
+            rows = [(name, *(_score(point.scores[measure][task]) for task in TASKS)) for name, point in found.items()]
+            lines += [*table((measure_name, *SHORT_NAMES.values()), rows), ""]
+    return lines
+
+
+def _probe_cells(point: Point, dense: Point | None) -> tuple[object, ...]:
+    density, probe = point.probe.get("density", {}), point.probe
+    cells = [density.get(step) for step in ("mask", "query_block_union", "sub_group_union", "group_union")]
+    cells += [probe.get(name) for name in ("coverage", "below_0.9", "worst_coverage", "output_error")]
+    ratio = None if dense is None else bits_ratio(point, dense)
+    bits = "-" if ratio is None else f"{ratio[0]:.4f} ({ratio[1]:.4f} to {ratio[2]:.4f})"
+    if point is dense and len(point.bits):
+        bits = f"{point.bits_per_byte:.4f} bits"
+    return point.row["name"], *(math.nan if cell is None else float(cell) for cell in cells), bits
+
+
+def _score(shares: np.ndarray) -> str:
+    known = shares[~np.isnan(shares)]
+    if not len(known):
+        return "-"
+    low, high = wilson(float(known.mean()), len(known))
+    return f"{known.mean():.3f} ({low:.2f}-{high:.2f}) of {len(known)}"
+
+
+def _absent_section(result: Record) -> list[str]:
+    lines = [f"- {name} did not run: {why}" for name, why in result["absent"].items()]
+    failed = [cell for cell in result["cells"] if cell["status"] != "ok"]
+    lines += [
+        f"- {cell['row']} at {_where(cell['context'], cell['chunk'])} FAILED: {cell['reason']}" for cell in failed
+    ]
+    left = result["runs"][-1]["not_run"]
+    if left:
+        lines.append(f"- {len(left)} cells were not run for want of time, {left[0]} the first of them")
+    return lines
+
+
+SECTIONS = (
+    ("Goals", _goals_section),
+    ("At equal density", _equal_section),
+    ("At QUOKA's budget", _quoka_section),
+    ("Where dense matters, and the mean correction", _beside_section),
+    ("Every task over all contexts", _pooled_section),
+    ("Every row", _rows_section),
+    ("What did not run", _absent_section),
+)

@@ -1,0 +1,388 @@
+"""`python -m benchmarks fidelity`: what every method does to a model's answers, over sweeps, contexts and chunks.
+
+    python3 -m benchmarks fidelity --preset h200 --corpus out/stdlib.zip --list     # the plan and what it should take
+    python3 -m benchmarks fidelity --preset h200 --corpus out/stdlib.zip --resume   # again and again until all is there
+    python3 -m benchmarks report benchmarks/results/fidelity-h200.json
+
+The corpus is `python3 -m benchmarks.testbed.corpus --out out/stdlib.zip`, made where Python has its whole library. The
+model is the committed one, or `--weights DIRECTORY`; it should be trained on the tasks (`testbed.train_tasks`) and have
+gates (`testbed.train_gate`), and the report says where it is not or has none.
+
+A cell is one row over one stage's context, chunk and items. The JSON is rewritten after every cell; `--resume` keeps
+the cells that it has. No cell begins that is not expected to end within `--budget-seconds`.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import json
+import multiprocessing
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.fidelity import answering
+from benchmarks.fidelity.methods import Methods
+from benchmarks.fidelity.plans import NEEDLE_TASKS, Preset, Row, Stage, planned_seconds, preset
+from benchmarks.fidelity.probing import probe
+from benchmarks.latency import torch_threads, write_json
+from benchmarks.machine import FIDELITY_SOURCES, environment
+from benchmarks.testbed import corpus as corpora
+from benchmarks.testbed.evaluate import heldout_windows
+from benchmarks.testbed.intervals import METHODS as INTERVALS
+from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model
+from benchmarks.testbed.tasks import ANSWER_WORDS, TASKS, Example, TaskSource
+from benchmarks.testbed.train import RECORD_FILE
+from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
+
+KIND, SCHEMA = "fidelity", 1
+TASK_SEED = 1  # the examples that training reports on are those of seed 0
+PROTOCOL = (
+    "Items are test examples of benchmarks.testbed.tasks: their strings and their source text were never trained on.",
+    "A score is the share of an answer's words; all methods answer the same items.",
+    "greedy: chunked prefill of the prompt, then greedy decoding; decode steps read every key.",
+    "in chunk: prompt and answer are prefilled together; a word counts if each of its tokens comes first given those "
+    "before it.",
+    "dense: transformers' own attention (sdpa), the prompt in one piece; all others prefill in chunks, the first of "
+    "which has nothing to select from and is dense.",
+    "Density: past blocks (QUOKA: tokens) that are read, of those that are visible, averaged over a prompt's chunks, "
+    "all layers and heads. Coverage: share of the exact softmax mass on what a query is given. Output error: relative, "
+    "per layer and head, against dense attention over the same queries and keys. All three on a few prompts.",
+    "Bits per byte: held-out source text, windows of the context's length, all positions.",
+    *INTERVALS,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    Attributes:
+        preset, out: which preset, and the directory of its results.
+        weights: directory of the model; its `seer_gate.safetensors` is used if it is there, or `gate`.
+        corpus: packed corpus, None for the running Python's library.
+        only: comma-separated parts of row names, or shell patterns; None runs all.
+        contexts: comma-separated; None runs all of the preset's.
+        resume: keep the cells that the result in `out` already has from the same sources, weights and corpus.
+        commit: what to write down as the commit where there is no git.
+        budget_seconds, device, tokens_at_once, items: instead of the preset's; `items` caps those of a task.
+        threads: on the CPU; one by default, because two on a shared core wait for each other.
+    """
+
+    preset: str
+    out: Path
+    weights: Path = WEIGHTS_DIRECTORY
+    gate: Path | None = None
+    corpus: Path | None = None
+    only: str | None = None
+    contexts: str | None = None
+    resume: bool = False
+    commit: str | None = None
+    budget_seconds: float | None = None
+    device: str | None = None
+    tokens_at_once: int | None = None
+    items: int | None = None
+    threads: int = 1
+
+
+def plan(options: Options) -> Preset:
+    """The preset with what the options change.
+
+    Raises:
+        ValueError: an unknown preset, or options that leave nothing to run.
+    """
+    chosen = preset(options.preset)
+    rows, stages = chosen.rows, chosen.stages
+    if options.only is not None:
+        parts = [part.strip() for part in options.only.split(",") if part.strip()]
+        rows = tuple(row for row in rows if any(part in row.name or fnmatchcase(row.name, part) for part in parts))
+        if not rows:
+            raise ValueError(f"--only: expected a part of a row's name, such as {chosen.rows[-1].name!r}, got no match")
+    if options.contexts is not None:
+        wanted = {part.strip() for part in options.contexts.split(",")}
+        stages = tuple(stage for stage in stages if str(stage.context) in wanted)
+        if not stages:
+            known = sorted({stage.context for stage in chosen.stages})
+            raise ValueError(f"--contexts: expected some of {known}, got {options.contexts!r}")
+    if options.items is not None:
+        if options.items < 1:
+            raise ValueError(f"--items: expected at least 1, got {options.items}")
+        stages = tuple(replace(s, last=min(s.last, options.items)) for s in stages if s.first < options.items)
+    changes = {"device": options.device, "budget_seconds": options.budget_seconds}
+    changes |= {"tokens_at_once": options.tokens_at_once}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(chosen, rows=rows, stages=stages, **given)  # type: ignore[arg-type]
+
+
+def listed(options: Options) -> str:
+    """The plan, row by row, and what it is planned to take; nothing runs."""
+    chosen = plan(options)
+    rows = [f"{row.priority}  {row.name}" for row in chosen.rows]
+    result: dict[str, Any] = {"cells": [], "absent": {}}
+    return "\n".join([*rows, "", estimate(list(chosen.cells()), chosen, result)])
+
+
+def run(options: Options) -> int:
+    """Run a preset, print progress, write JSON; 0 unless a cell fails."""
+    chosen = plan(options)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
+    started, on_cpu = time.perf_counter(), chosen.device == "cpu"
+    source = TaskSource(corpora.load(options.corpus), TASK_SEED)
+    items = Items(source, processes=0 if on_cpu else 8)  # before CUDA starts: they are forked
+    with items, torch_threads(options.threads if on_cpu else torch.get_num_threads()):
+        model = load_model(options.weights, chosen.device)
+        if chosen.device == "cuda":
+            in_bfloat16(model)
+        methods = Methods(model, options.gate or options.weights / GATE_FILE)
+        path = options.out / f"fidelity-{options.preset}.json"
+        result = _opened(options, chosen, methods, source, path)
+        todo = remaining(chosen, methods, result)
+        print(estimate(todo, chosen, result), flush=True)
+        _measure(todo, chosen, methods, items, result, path, started)
+    print(f"\n{path}\nreport: python -m benchmarks report {path}")
+    return int(any(cell["status"] == "failed" for cell in result["cells"]))
+
+
+def in_bfloat16(model: torch.nn.Module) -> None:
+    """Weights to bfloat16, as they are on disk; buffers stay, for RoPE's frequencies must be float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+
+
+def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSource, path: Path) -> dict[str, Any]:
+    """The result to add to: a new one, or the one in `path` when resuming."""
+    here = environment(chosen.device, options.commit, FIDELITY_SOURCES)
+    result: dict[str, Any] = {"kind": KIND, "schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL}
+    result["model"] = _model_record(options.weights, methods)
+    result |= {"corpus": _text_digest(source), "rows": {}, "hidden": {}, "absent": {}, "runs": [], "cells": []}
+    if options.resume and path.exists():
+        before = json.loads(path.read_text())
+        if before.get("kind") != KIND or before.get("schema") != SCHEMA:
+            raise ValueError(f"--resume: expected a fidelity result of schema {SCHEMA}, got another in {path}")
+        where = before["runs"][-1]["environment"]
+        pairs = [(name, where.get(name), here[name]) for name in ("sources", "gpu", "torch")]
+        pairs += [(name, before[name], result[name]) for name in ("model", "corpus")]
+        for name, theirs, ours in pairs:
+            if theirs != ours:
+                raise ValueError(f"--resume: expected a result of {name} {ours!r}, got {path} of {name} {theirs!r}")
+        result = before
+        result["cells"] = [cell for cell in before["cells"] if cell["status"] == "ok"]
+    rows = {row.name: row.as_json() for row in chosen.rows}
+    result["rows"] |= rows
+    result["absent"] = {row.name: why for row in chosen.rows if (why := methods.why_not(row)) is not None}
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    result["runs"].append({"started": started, "environment": here, "seconds": 0.0, "not_run": []})
+    options.out.mkdir(parents=True, exist_ok=True)
+    return result
+
+
+def _model_record(directory: Path, methods: Methods) -> dict[str, Any]:
+    """What was measured: hashes of weights and gates, and how far the model was trained."""
+    record: dict[str, Any] = {
+        "weights": hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()[:16]
+    }
+    gate = methods.gate_file.read_bytes() if methods.gate_file is not None and methods.has_gates else None
+    record["gate"] = None if gate is None else hashlib.sha256(gate).hexdigest()[:16]
+    record["parameters"] = sum(p.numel() for p in methods.model.parameters())
+    record["dtype"] = str(methods.model.dtype).removeprefix("torch.")
+    training = directory / RECORD_FILE
+    if training.exists():
+        told = json.loads(training.read_text())
+        record["training"] = {name: told.get(name) for name in ("complete", "steps", "tokens", "seconds", "device")}
+        record["training"]["tasks"] = told.get("tasks")
+    return record
+
+
+def _text_digest(source: TaskSource) -> str:
+    """A hash of both sides' text: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for side, stream in source.streams.items():
+        digest.update(side.encode() + stream.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def remaining(chosen: Preset, methods: Methods, result: dict[str, Any]) -> list[tuple[Stage, Row]]:
+    """Cells that can run here and are not in the result yet."""
+    done = {cell["row"]: set[tuple[int, ...]]() for cell in result["cells"]}
+    for cell in result["cells"]:
+        done[cell["row"]].add(cell_key(cell))
+    return [
+        (stage, row)
+        for stage, row in chosen.cells()
+        if row.name not in result["absent"]
+        and (stage.context, stage.chunk, stage.first, stage.last) not in done.get(row.name, ())
+    ]
+
+
+def cell_key(cell: dict[str, Any]) -> tuple[int, int, int, int]:
+    return cell["context"], cell["chunk"], cell["first"], cell["last"]
+
+
+def pace(cells: Sequence[dict[str, Any]]) -> float | None:
+    """Measured over planned seconds of the last cells; None before the first."""
+    recent = [cell for cell in cells if cell["status"] == "ok"][-8:]
+    return sum(cell["seconds"] for cell in recent) / sum(cell["planned"] for cell in recent) if recent else None
+
+
+def estimate(todo: Sequence[tuple[Stage, Row]], chosen: Preset, result: dict[str, Any]) -> str:
+    """What is to come, stage by stage, and how long it should take."""
+    factor = pace(result["cells"])
+    lines, total = [], 0.0
+    for stage in chosen.stages:
+        planned = [planned_seconds(stage, row, chosen.device, chosen.tokens_at_once) for s, row in todo if s == stage]
+        seconds = sum(planned) * (factor or 1.0)
+        total += seconds
+        lines.append(f"{stage!s:<32} {len(planned):3d} rows  {seconds:7.0f} s")
+    basis = "by the pace of the cells that are there" if factor else "by planning figures, nothing is measured yet"
+    lines += [f"in all about {total:.0f} s, {basis}; this run ends after {chosen.budget_seconds:.0f} s"]
+    lines += [f"left out: {name}: {why}" for name, why in result["absent"].items()]
+    return "\n".join(lines)
+
+
+def _measure(
+    todo: Sequence[tuple[Stage, Row]],
+    chosen: Preset,
+    methods: Methods,
+    items: Items,
+    result: dict[str, Any],
+    path: Path,
+    started: float,
+) -> None:
+    """Measure cell after cell, and rewrite the JSON after each."""
+    current = result["runs"][-1]
+    fresh: list[dict[str, Any]] = []  # the pace is that of this run once it has one
+    for stage, row in todo:
+        planned = planned_seconds(stage, row, chosen.device, chosen.tokens_at_once)
+        elapsed = time.perf_counter() - started
+        expected = planned * (pace(fresh) or pace(result["cells"]) or 1.0)
+        if elapsed + expected > chosen.budget_seconds:
+            current["not_run"].append(f"{row.name} at {stage}")
+        else:
+            cell = measured_cell(stage, row, chosen, methods, items)
+            cell |= {"run": len(result["runs"]) - 1, "planned": round(planned, 2)}
+            cell["seconds"] = round(time.perf_counter() - started - elapsed, 2)
+            if row.kind != "dense":
+                fresh.append(cell)
+            result["cells"].append(cell)
+            result["hidden"].setdefault(f"{stage.context}/{stage.chunk}", {}).update(items.hidden(stage))
+            print(f"[{elapsed:6.1f} s] {progress(cell)}", flush=True)
+            gc.collect()
+            if chosen.device == "cuda":
+                torch.cuda.empty_cache()
+        current["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(path, result)
+    if current["not_run"]:
+        print(f"{len(current['not_run'])} cells were not run for want of time; --resume goes on with them")
+        write_json(path, result)
+
+
+def measured_cell(stage: Stage, row: Row, chosen: Preset, methods: Methods, items: Items) -> dict[str, Any]:
+    """The record of one cell; running out of memory makes it a failed one."""
+    cell: dict[str, Any] = {"row": row.name, "context": stage.context, "chunk": stage.chunk}
+    cell |= {"first": stage.first, "last": stage.last, "status": "ok"}
+    examples, heldout = items.examples(stage), items.source.streams["test"]
+    try:
+        cell["scores"] = {
+            task: asdict(answering.answer(methods, row, its, stage.chunk, chosen.tokens_at_once))
+            for task, its in examples.items()
+        }
+        if stage.windows:
+            shape = (stage.context, stage.chunk, stage.windows, chosen.tokens_at_once)
+            cell["bits"], cell["bytes"] = answering.text_bits(methods, row, heldout, *shape)
+        if stage.probes:
+            cell["probe"] = probe(methods, row, items.probes(stage), stage.chunk)
+    except torch.OutOfMemoryError as error:
+        cell |= {"status": "failed", "reason": f"out of memory; lower --tokens-at-once ({error})"}
+    return cell
+
+
+def progress(cell: dict[str, Any]) -> str:
+    """One line about a cell."""
+    words = f"{cell['row']} at {cell['context']}/{cell['chunk']}: {cell['seconds']:.1f} s"
+    if cell["status"] != "ok":
+        return f"{words}, FAILED: {cell['reason']}"
+    scores = cell["scores"]
+    for name in ("greedy", "in_chunk"):
+        shares = [int(digit) / ANSWER_WORDS[task] for task in NEEDLE_TASKS for digit in scores[task][name]]
+        words += f", {name.replace('_', ' ')} {np.mean(shares):.2f}"
+    if "bits" in cell:
+        words += f", {sum(cell['bits']) / sum(cell['bytes']):.4f} bits per byte"
+    if "probe" in cell and cell["probe"]["density"]["sub_group_union"] is not None:
+        words += f", density {cell['probe']['density']['sub_group_union']:.3f}"
+    return words
+
+
+class Items:
+    """The examples of a stage, made once for all of its rows, by other processes if there are any.
+
+    Args:
+        source: of tasks and text.
+        processes: how many make them; 0 makes them here.
+    """
+
+    def __init__(self, source: TaskSource, processes: int = 0) -> None:
+        self.source = source
+        self._pool = multiprocessing.get_context("fork").Pool(processes, _set_source, (source,)) if processes else None
+        self._held: tuple[tuple[int, int, int], dict[str, list[Example]]] | None = None
+
+    def __enter__(self) -> Items:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.terminate()
+
+    def examples(self, stage: Stage) -> dict[str, list[Example]]:
+        """By task."""
+        key = (stage.context, stage.first, stage.last)
+        if self._held is None or self._held[0] != key:
+            wanted = [(task, stage.context, n) for task in TASKS for n in range(stage.first, stage.last)]
+            if self._pool is None:
+                made = [self.source.example(task, "test", length, n) for task, length, n in wanted]
+            else:
+                made = self._pool.map(_make, wanted, chunksize=16)
+            count = stage.last - stage.first
+            self._held = key, {task: made[n * count : (n + 1) * count] for n, task in enumerate(TASKS)}
+        return self._held[1]
+
+    def hidden(self, stage: Stage) -> dict[str, dict[str, str]]:
+        """Per task and range of items, the number of needles that have to be selected, one digit an item."""
+        span = f"{stage.first}-{stage.last}"
+        counts = {
+            task: "".join(str(answering.hidden_needles(one, stage.chunk)) for one in its)
+            for task, its in self.examples(stage).items()
+            if task in NEEDLE_TASKS
+        }
+        return {span: counts}
+
+    def probes(self, stage: Stage) -> list[np.ndarray]:
+        """Windows of the stage's context: held-out text and each task in turn."""
+        kinds = [[one.window for one in its] for its in self.examples(stage).values()]
+        rounds = -(-stage.probes // (len(kinds) + 1))
+        text = heldout_windows(self.source.streams["test"], stage.context, rounds)[:, :-1]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(text, *(its[:rounds] for its in kinds)))
+        return [window for window in turns if window is not None][: stage.probes]
+
+
+_source: TaskSource | None = None  # of a worker process
+
+
+def _set_source(source: TaskSource) -> None:
+    global _source
+    _source = source
+
+
+def _make(wanted: tuple[str, int, int]) -> Example:
+    task, length, index = wanted
+    assert _source is not None
+    return _source.example(task, "test", length, index)

@@ -1,0 +1,396 @@
+"""The public stages as operators of PyTorch (`torch.ops.compactattn`), for graphs that `torch.compile` makes.
+
+An eager call of a stage goes straight to its backend and asks one flag: whether it is being compiled. While it is, the
+stage puts its operator into the graph: arguments are taken apart into tensors and numbers, and put together again when
+the graph runs; then the eager stage does the rest, checks included. So a graph that runs refuses what an eager call
+refuses, in the same words.
+
+Each operator declares what it writes to (a summary, `out`, counters), and has a fake implementation: the shapes of its
+results follow from shapes and host integers alone, so a graph serves other lengths too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactattn.data import BlockTable, GateKeys, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
+from compactattn.selectors import Dense, FlashPrefill, Oracle, SeerGate, Selector, XAttention
+from compactattn.validation import fail
+
+Given = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How an operator is given one argument of a stage.
+
+    Attributes:
+        schema: the operator's own arguments that it becomes.
+        apart: from the stage's argument to those, by name.
+        together: from all of the operator's arguments, by name, back to the stage's one.
+    """
+
+    schema: str
+    apart: Callable[[Any], Given]
+    together: Callable[[Given], Any]
+
+
+def _names(schema: str) -> list[str]:
+    return [argument.split()[-1] for argument in schema.split(", ")]
+
+
+def _plain(schema: str) -> Part:
+    """A tensor, a number or a flag as it is."""
+    name = _names(schema)[0]
+    return Part(schema, lambda value: {name: value}, lambda given: given[name])
+
+
+def _record(kind: type, schema: str) -> Part:
+    """A record by those of its fields that the schema names."""
+    names = _names(schema)
+    return Part(
+        schema,
+        lambda record: {name: getattr(record, name) for name in names},
+        lambda given: kind(**{name: given[name] for name in names}),
+    )
+
+
+_BLOCKS = "SymInt block_size, SymInt query_block"
+_KV = _record(PagedKV, "Tensor k, Tensor v, Tensor page_table, Tensor? k_scale, Tensor? v_scale")
+_BATCH = _record(
+    PrefillBatch, "Tensor cu_seqlens_q, Tensor seq_lens, Tensor? prompt_lens, SymInt max_q_len, SymInt max_seq_len"
+)
+_SELECTION = _record(SelectionMask, f"Tensor mask, {_BLOCKS}, SymInt dense_last_blocks, SymInt? kv_heads")
+_GROUPS = _record(GroupMask, f"Tensor keep, Tensor rows, {_BLOCKS}")
+_TABLE = _record(BlockTable, f"Tensor indices, Tensor counts, Tensor rows, {_BLOCKS}")
+
+
+def _means_apart(summary: KVSummary | None) -> Given:
+    means: Given = {"k_mean": None, "v_mean": None, "unit": 0}
+    gate: Given = {"gate_keys": None, "gate_inv_freq": None, "gate_scale": 1.0}
+    if summary is not None:
+        means = {"k_mean": summary.k_mean, "v_mean": summary.v_mean, "unit": summary.unit}
+        if (keys := summary.gate) is not None:
+            gate = {"gate_keys": keys.pooled, "gate_inv_freq": keys.inv_freq, "gate_scale": keys.rope_scale}
+    return {**means, **gate}
+
+
+def _means_together(given: Given) -> KVSummary | None:
+    if given["k_mean"] is None:
+        return None
+    keys = (given["gate_keys"], given["gate_inv_freq"], given["gate_scale"])
+    gate = None if keys[0] is None else GateKeys(*keys)
+    return KVSummary(given["k_mean"], given["v_mean"], given["unit"], gate)
+
+
+def _means(written: bool) -> Part:
+    marks = ("(a!)", "(b!)", "(c!)") if written else ("", "", "")
+    tensors = "Tensor{}? k_mean, Tensor{}? v_mean, Tensor{}? gate_keys".format(*marks)
+    schema = f"{tensors}, Tensor? gate_inv_freq, float gate_scale, SymInt unit"
+    return Part(schema, _means_apart, _means_together)
+
+
+_KINDS = {kind.__name__: kind for kind in (FlashPrefill, XAttention, Oracle, Dense, SeerGate)}
+#: the fields of each kind of selector that are floats, and the integers that all of them have
+_NUMBERS = {"FlashPrefill": ("alpha",), "XAttention": ("threshold",), "SeerGate": ("rope_scale", "threshold")}
+_INTEGERS: tuple[str, ...] = ("block_size", "query_block", "sink_blocks", "window_blocks")
+_INTEGERS += ("dense_queries", "dense_keys", "dense_last_blocks")
+
+
+def _selector_fields(kind: str, by_mass: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if kind == "Oracle":
+        return (("mass",), _INTEGERS) if by_mass else ((), (*_INTEGERS, "top_k"))
+    return _NUMBERS.get(kind, ()), (*_INTEGERS, "stride") if kind == "XAttention" else _INTEGERS
+
+
+def _selector_apart(selector: Selector) -> Given:
+    kind = type(selector).__name__
+    numbers, integers = _selector_fields(kind, getattr(selector, "mass", None) is not None)
+    return {
+        "kind": kind,
+        "numbers": [getattr(selector, name) for name in numbers],
+        "integers": [getattr(selector, name) for name in integers],
+        "weights": getattr(selector, "weights", None),
+        "inv_freq": getattr(selector, "inv_freq", None),
+    }
+
+
+def _selector_together(given: Given) -> Selector:
+    names = _selector_fields(given["kind"], len(given["numbers"]) > 0)
+    fields = dict(zip((*names[0], *names[1]), (*given["numbers"], *given["integers"]), strict=True))
+    if given["weights"] is not None:
+        fields |= {"weights": given["weights"], "inv_freq": given["inv_freq"]}
+    return _KINDS[given["kind"]](**fields)
+
+
+_SELECTOR = Part(
+    "str kind, float[] numbers, SymInt[] integers, Tensor? weights, Tensor? inv_freq",
+    _selector_apart,
+    _selector_together,
+)
+_HEADS = Part(
+    "SymInt? heads_per_group",
+    lambda heads: {"heads_per_group": None if heads == "auto" else heads},
+    lambda given: "auto" if given["heads_per_group"] is None else given["heads_per_group"],
+)
+_SPAN = Part(
+    "SymInt? query_blocks_per_span, bool any_span",
+    lambda span: {"query_blocks_per_span": None if span == "auto" else span, "any_span": span == "auto"},
+    lambda given: "auto" if given["any_span"] else given["query_blocks_per_span"],
+)
+_SINCE = Part(
+    "Tensor? since, SymInt? since_all",
+    lambda since: (
+        {"since": since, "since_all": None} if isinstance(since, Tensor) else {"since": None, "since_all": since}
+    ),
+    lambda given: given["since_all"] if given["since"] is None else given["since"],
+)
+
+
+# ---- fakes: the shapes of results ----
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _blocks(given: Given) -> tuple[int, int]:
+    """(Qb, Kb) of the batch and the selector."""
+    block_size, query_block = given["integers"][:2]
+    return -(-given["max_q_len"] // query_block), -(-given["max_seq_len"] // block_size)
+
+
+def _table_rows(given: Given, heads: int, q_blocks: int, dense_last_blocks: int) -> int:
+    """R, as `compactattn.unite` says."""
+    size, group, span = given["seq_lens"].shape[0], given["heads_per_group"], given["query_blocks_per_span"]
+    if group is None or given["any_span"]:
+        groups, spans = heads, q_blocks
+    else:
+        groups, spans = heads // group, min(q_blocks, 1) if span is None else -(-q_blocks // span)
+    dense_end = dense_last_blocks > 0 and given["prompt_lens"] is not None
+    return size * groups * spans + (size if dense_end else 0)
+
+
+def _fake_mask(given: Given) -> Tensor:
+    shape = (given["seq_lens"].shape[0], given["q"].shape[1], *_blocks(given))
+    return _empty(given["q"], *shape, dtype=torch.bool)
+
+
+def _fake_groups(given: Given) -> tuple[Tensor, Tensor]:
+    mask = given["mask"]
+    size, heads, q_blocks, kv_blocks = mask.shape
+    rows = _table_rows(given, heads, q_blocks, given["dense_last_blocks"])
+    return _empty(mask, rows, kv_blocks, dtype=torch.bool), _empty(mask, size, heads, q_blocks)
+
+
+def _fake_table(given: Given) -> tuple[Tensor, Tensor, Tensor]:
+    q, (q_blocks, kv_blocks) = given["q"], _blocks(given)
+    rows = _table_rows(given, q.shape[1], q_blocks, given["integers"][_INTEGERS.index("dense_last_blocks")])
+    return _empty(q, rows, kv_blocks), _empty(q, rows), _empty(q, given["seq_lens"].shape[0], q.shape[1], q_blocks)
+
+
+def _fake_lse(given: Given) -> Tensor:
+    shape = given["q"].shape[:2] if given["return_lse"] else (0,)
+    return _empty(given["q"], *shape, dtype=torch.float32)
+
+
+# ---- operators ----
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A stage of `compactattn` as an operator of the same name.
+
+    Attributes:
+        parts: how the operator is given each of the stage's arguments.
+        result: the schema of what it returns.
+        tensors: from the stage's result to the operator's.
+        fake: from the operator's arguments to results of the right shape.
+        finish: from the stage's arguments and the operator's result to the stage's.
+    """
+
+    parts: dict[str, Part]
+    result: str
+    tensors: Callable[[Any], Any]
+    fake: Callable[[Given], Any]
+    finish: Callable[[Given, Any], Any]
+
+
+def _lse_of(result: Any) -> Tensor:
+    """What an operator that writes `out` returns: the log-sum-exp, an empty one where nobody wants it."""
+    return result[1] if isinstance(result, tuple) else _empty(result, 0, dtype=torch.float32)
+
+
+def _with_out(arguments: Given, lse: Tensor) -> Any:
+    return (arguments["out"], lse) if arguments.get("return_lse", True) else arguments["out"]
+
+
+def _selection(arguments: Given, mask: Tensor) -> SelectionMask:
+    selector, kv_heads = arguments["selector"], arguments["kv"].num_kv_heads
+    return SelectionMask(mask, selector.block_size, selector.query_block, selector.dense_last_blocks, kv_heads)
+
+
+def _groups(arguments: Given, groups: tuple[Tensor, Tensor]) -> GroupMask:
+    selection = arguments["selection"]
+    return GroupMask(*groups, selection.block_size, selection.query_block)
+
+
+def _listed(arguments: Given, listed: tuple[Tensor, Tensor]) -> BlockTable:
+    groups = arguments["groups"]
+    return BlockTable(*listed, groups.rows.contiguous(), groups.block_size, groups.query_block)
+
+
+def _selected(arguments: Given, table: tuple[Tensor, Tensor, Tensor]) -> BlockTable:
+    return BlockTable(*table, arguments["selector"].block_size, arguments["selector"].query_block)
+
+
+_STEP = {"q": _plain("Tensor q"), "kv": _KV, "batch": _BATCH}
+_GROUPING = {"heads_per_group": _HEADS, "query_blocks_per_span": _SPAN}
+_SCALE, _BACKEND, _WINDOW, _OUT = (
+    {_names(schema)[0]: _plain(schema)}
+    for schema in ("float? scale", "str? backend", "SymInt? window", "Tensor(z!) out")
+)
+_FEATURES = {"softcap": _plain("float? softcap"), **_WINDOW, "sinks": _plain("Tensor? sinks")}
+_RESULT = {"return_lse": _plain("bool return_lse"), **_OUT, **_BACKEND}
+
+_OPERATORS = {
+    "summarize": Operator(
+        {
+            "kv": _KV,
+            "batch": _BATCH,
+            "block_size": _plain("SymInt block_size"),
+            "values": _plain("bool values"),
+            "since": _SINCE,
+            "summary": _means(written=True),
+            **_BACKEND,
+        },
+        "()",
+        lambda summary: None,
+        lambda given: None,
+        lambda arguments, nothing: arguments["summary"],
+    ),
+    "select": Operator(
+        {**_STEP, "selector": _SELECTOR, **_SCALE, "summary": _means(written=False), **_BACKEND},
+        "Tensor",
+        lambda selection: selection.mask,
+        _fake_mask,
+        _selection,
+    ),
+    "unite": Operator(
+        {"selection": _SELECTION, "batch": _BATCH, **_GROUPING, **_BACKEND},
+        "(Tensor, Tensor)",
+        lambda groups: (groups.keep, groups.rows),
+        _fake_groups,
+        _groups,
+    ),
+    "build_table": Operator(
+        {"groups": _GROUPS, **_BACKEND},
+        "(Tensor, Tensor)",
+        lambda table: (table.indices, table.counts),
+        lambda given: (_empty(given["keep"], *given["keep"].shape), _empty(given["keep"], given["keep"].shape[0])),
+        _listed,
+    ),
+    "attend": Operator(
+        {**_STEP, "table": _TABLE, **_SCALE, "correction": _means(written=False), **_FEATURES, **_RESULT},
+        "Tensor",
+        _lse_of,
+        _fake_lse,
+        _with_out,
+    ),
+    "prefill": Operator(
+        {
+            **_STEP,
+            "selector": _SELECTOR,
+            **_GROUPING,
+            **_SCALE,
+            "summary": _means(written=True),
+            "correction": _plain("bool correction"),
+            **_FEATURES,
+            "density": _plain("Tensor(y!)? density"),
+            **_RESULT,
+        },
+        "Tensor",
+        _lse_of,
+        _fake_lse,
+        _with_out,
+    ),
+    "select_table": Operator(
+        {**_STEP, "selector": _SELECTOR, **_GROUPING, **_SCALE, "summary": _means(written=True), **_BACKEND},
+        "(Tensor, Tensor, Tensor)",
+        lambda table: (table.indices, table.counts, table.rows),
+        _fake_table,
+        _selected,
+    ),
+    "merge_attn_states": Operator(
+        {name: _plain(f"Tensor {name}") for name in ("out_a", "lse_a", "out_b", "lse_b")} | _OUT | _BACKEND,
+        "Tensor",
+        _lse_of,
+        lambda given: _empty(given["lse_a"], *given["lse_a"].shape, dtype=torch.float32),
+        _with_out,
+    ),
+    "count_density": Operator(
+        {"table": _TABLE, "batch": _BATCH, "counter": _plain("Tensor(z!) counter"), **_WINDOW, **_BACKEND},
+        "()",
+        lambda nothing: None,
+        lambda given: None,
+        lambda arguments, nothing: None,
+    ),
+}
+
+
+def apart(name: str, arguments: Given) -> Given:
+    """The arguments of `torch.ops.compactattn.<name>`, by name, for those of the stage."""
+    given: Given = {}
+    for argument, part in _OPERATORS[name].parts.items():
+        given.update(part.apart(arguments[argument]))
+    return given
+
+
+def call(name: str, **arguments: Any) -> Any:
+    """A stage while a graph is being made: its operator, between arguments taken apart and a result put together."""
+    operator = _OPERATORS[name]
+    wanted = arguments.get("out")
+    if "out" in operator.parts:
+        like = arguments["q"] if "q" in arguments else arguments["out_a"]
+        if wanted is None or any(wanted is other for key, other in arguments.items() if key != "out"):
+            # an operator must not be given one tensor to read and to write
+            arguments["out"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    given = apart(name, arguments)
+    for key in ("q", "k", "v", "sinks", "out_a", "lse_a", "out_b", "lse_b"):
+        if isinstance(given.get(key), Tensor) and given[key].requires_grad and torch.is_grad_enabled():
+            raise fail(key, "a tensor without gradients (inference only)", "requires_grad=True under grad mode")
+    result = getattr(torch.ops.compactattn, name)(**given)
+    if wanted is not None and wanted is not arguments["out"]:
+        arguments["out"] = wanted.copy_(arguments["out"])
+    return operator.finish(arguments, result)
+
+
+_library = torch.library.Library("compactattn", "DEF")
+
+
+def _register(name: str, operator: Operator) -> None:
+    schema = ", ".join(part.schema for part in operator.parts.values())
+    names = _names(schema)
+
+    def run(*args: Any, **more: Any) -> Any:
+        import compactattn
+
+        given = {**dict(zip(names, args, strict=False)), **more}
+        arguments = {argument: part.together(given) for argument, part in operator.parts.items()}
+        return operator.tensors(getattr(compactattn, name)(**arguments))
+
+    def fake(*args: Any, **more: Any) -> Any:
+        return operator.fake({**dict(zip(names, args, strict=False)), **more})
+
+    _library.define(f"{name}({schema}) -> {operator.result}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"compactattn::{name}", fake, lib=_library)
+
+
+for _name, _operator in _OPERATORS.items():
+    _register(_name, _operator)

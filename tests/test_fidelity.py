@@ -1,0 +1,589 @@
+"""`python -m benchmarks fidelity` in small: methods inside a model, scores, probes, runs, findings, reports."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the methods run inside a transformers model")
+from transformers import DynamicCache
+
+from benchmarks.__main__ import main
+from benchmarks.fidelity import answering, findings, plans, probing, report, run
+from benchmarks.fidelity.methods import Methods
+from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA, Preset, Row, Stage
+from benchmarks.testbed import corpus as corpora
+from benchmarks.testbed import model as models
+from benchmarks.testbed import train_gate
+from benchmarks.testbed.answers import decode, prefill
+from benchmarks.testbed.tasks import ANSWER_WORDS, END, QUESTION, TASKS, Example, TaskSource
+from compactattn import Oracle, select
+from tests.test_quality import step
+
+CONTEXT, CHUNK = 1024, 128
+ROWS = {row.name: row for row in plans.preset("h200").rows}
+UNSHARED, WIDE = plans.sweep(plans.UNSHARED, "FlashPrefill", "alpha", {0.8: 1, 0.08: 1})
+(PAPER,) = plans.sweep(plans.PAPER.format(4), "FlashPrefill", "alpha", {0.8: 1}, heads=4, span=None)
+(CORRECTED,) = plans.sweep(f"{plans.UNSHARED} + mean correction", "FlashPrefill", "alpha", {0.5: 2}, correction=True)
+LIBRARY_DENSE, FULL_QUOKA = ROWS["dense through the library"], Row("all", QUOKA, "quoka", settings={"kv_ratio": 1.0})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small model of sharp attention, gates for it, and a corpus."""
+    directory = tmp_path_factory.mktemp("fidelity")
+    config = models.testbed_config(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+    )
+    model = models.new_model(config, 0).eval()
+    models.save_model(model, directory / "model")
+    files = {
+        f"{n}.py": "".join(f"def f{n}_{i}(x):\n    return x + {i}\n" for i in range(150)).encode() for n in range(60)
+    }
+    corpora.pack(corpora.split(files, "3"), directory / "corpus.zip")
+    settings = train_gate.Settings(max_steps=1, length=512, log_every=1)
+    gates = train_gate.Run(
+        model, corpora.load(directory / "corpus.zip"), settings, directory / "gates", directory / "state"
+    )
+    gates.train()
+    gates.finish()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def methods(place: Path) -> Methods:
+    return Methods(models.load_model(place / "model"), place / "gates" / train_gate.WEIGHTS_FILE)
+
+
+@pytest.fixture(scope="module")
+def source(place: Path) -> TaskSource:
+    return TaskSource(corpora.load(place / "corpus.zip"), run.TASK_SEED)
+
+
+def outputs(methods: Methods, row: Row, examples: list[Example]) -> tuple[np.ndarray, np.ndarray]:
+    with torch.no_grad(), methods.running(row):
+        return answering._answer_batch(methods, row, examples, CHUNK)
+
+
+# ---- methods ----
+
+
+@pytest.mark.parametrize("row", [LIBRARY_DENSE, FULL_QUOKA], ids=lambda row: row.name)
+def test_whatever_reads_everything_answers_as_dense(methods: Methods, source: TaskSource, row: Row) -> None:
+    examples = [source.example("variable_tracking", "test", CONTEXT, n) for n in range(2)]
+    expected, got = outputs(methods, ROWS[DENSE], examples), outputs(methods, row, examples)
+    assert np.array_equal(expected[0], got[0])
+    assert np.array_equal(expected[1], got[1])
+    assert expected[0].shape == expected[1].shape == (2, 35)
+    assert methods.model.config._attn_implementation == "sdpa"
+
+
+def test_a_sparse_row_decodes_what_generate_decodes(methods: Methods, source: TaskSource) -> None:
+    """Shared chunks, crop and the last chunk are one prompt to the library; prompt and answer in chunks likewise."""
+    row = replace(PAPER, settings={"alpha": 1.0, "sink_blocks": 0, "window_blocks": 1})
+    (example,) = (source.example("common_words", "test", CONTEXT, 3),)
+    written, foreseen = outputs(methods, row, [example])
+    dense, _ = outputs(methods, ROWS[DENSE], [example])
+    prompt = torch.from_numpy(example.prompt)[None]
+    with torch.no_grad(), methods.running(row):
+        settings = {"max_new_tokens": len(example.target), "do_sample": False, "eos_token_id": END, "pad_token_id": END}
+        expected = methods.model.generate(prompt, prefill_chunk_size=CHUNK, **settings)[0, prompt.shape[1] :]
+        cache = DynamicCache(config=methods.model.config)
+        logits = [
+            methods.model(input_ids=part, past_key_values=cache, use_cache=True).logits
+            for part in torch.from_numpy(example.window)[None, :-1].split(CHUNK, dim=1)
+        ]
+    assert written[0, : len(expected)].tolist() == expected.tolist()
+    assert written.tolist() != dense.tolist()
+    assert foreseen[0].tolist() == torch.cat(logits, dim=1)[0, len(example.prompt) - 1 :].argmax(-1).tolist()
+
+
+def test_every_planned_row_can_be_made_and_run(methods: Methods) -> None:
+    tokens = torch.randint(0, 256, (1, 512), generator=torch.Generator().manual_seed(0))
+    kinds = set()
+    for row in ROWS.values():
+        row = replace(row, dense_layers=min(row.dense_layers, 1))
+        kind = (row.kind, row.selector, row.heads, row.span, row.dense_layers, row.correction, len(row.settings))
+        if kind in kinds:
+            continue
+        kinds.add(kind)
+        assert methods.why_not(row) is None
+        with torch.no_grad(), methods.running(row), methods.prompts_of(row, 512, 1):
+            cache = DynamicCache(config=methods.model.config)
+            logits = prefill(methods.model, tokens, cache, CHUNK)
+            assert decode(methods.model, logits, cache, 2).shape[0] == 1
+    assert len(kinds) > 12
+
+
+def test_rows_that_cannot_run_say_why(methods: Methods, place: Path) -> None:
+    gateless = Methods(methods.model, place / "nowhere.safetensors")
+    gated = next(row for row in ROWS.values() if row.selector == "SeerGate")
+    assert gateless.why_not(gated) == "no gate weights: nowhere.safetensors does not exist"
+    assert Methods(methods.model, None).why_not(gated) == "no gate weights"
+    assert "3 heads do not divide this model's 4 query heads" in str(methods.why_not(replace(PAPER, heads=3)))
+    assert "with 2 dense layers nothing is left" in str(methods.why_not(replace(PAPER, dense_layers=2)))
+
+
+def test_gates_have_the_block_size_that_they_were_trained_for(methods: Methods, place: Path) -> None:
+    gated = next(row for row in ROWS.values() if row.selector == "SeerGate")
+    assert {gate.block_size for gate in methods.selector(gated).values()} == {64}  # type: ignore[union-attr]
+    record = json.loads((place / "gates" / train_gate.RECORD_FILE).read_text())
+    record["settings"]["block"] = 128
+    (place / "gates" / train_gate.RECORD_FILE).write_text(json.dumps(record))
+    assert {gate.query_block for gate in methods.selector(gated).values()} == {128}  # type: ignore[union-attr]
+    record["settings"]["block"] = 64
+    (place / "gates" / train_gate.RECORD_FILE).write_text(json.dumps(record))
+
+
+def test_padding_is_refused_where_no_mask_is_read(methods: Methods) -> None:
+    mask = torch.ones((1, 300), dtype=torch.long)
+    mask[0, 0] = 0
+    with (
+        torch.no_grad(),
+        methods.running(FULL_QUOKA),
+        pytest.raises(ValueError, match="expected a batch without padding"),
+    ):
+        methods.model(input_ids=torch.zeros((1, 300), dtype=torch.long), attention_mask=mask)
+
+
+def test_weights_in_bfloat16_keep_the_frequencies_of_rope(place: Path) -> None:
+    model = models.load_model(place / "model")
+    before = model.model.rotary_emb.inv_freq.clone()
+    run.in_bfloat16(model)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+# ---- scores ----
+
+
+def test_words_count_when_every_token_is_right(source: TaskSource) -> None:
+    example = source.example("niah_multivalue", "test", 600, 0)
+    foreseen = example.target.copy()
+    assert answering.right_words(example, foreseen) == 4
+    foreseen[[6, 13, 20, 27]] = 0  # spaces and END
+    assert answering.right_words(example, foreseen) == 4
+    foreseen[[5, 7]] = 0  # the last digit of the first word and the first of the second
+    assert answering.right_words(example, foreseen) == 2
+
+
+@pytest.mark.parametrize("chunk", [128, 512])
+@pytest.mark.parametrize("length", [2048, 2560])
+def test_hidden_needles_are_those_that_the_control_does_not_read(source: TaskSource, length: int, chunk: int) -> None:
+    """Against the library's own mask of the control, for every query of the question."""
+    counts = []
+    for index in range(25):
+        example = source.example("niah_multikey", "test", length, index)
+        prompt_len = len(example.prompt)
+        past = (prompt_len - 1) // chunk * chunk
+        q, kv, batch = step([prompt_len - past], [prompt_len], 1, 1, page=128)
+        control = Oracle(top_k=0, sink_blocks=plans.SINK_BLOCKS, window_blocks=plans.WINDOW_BLOCKS)
+        mask = select(q, kv, batch, control).mask[0, 0]
+        asked = (int(np.flatnonzero(example.prompt == QUESTION)[0]) - past) // 128
+        read = mask[asked:].any(0).repeat_interleave(128)[:prompt_len]
+        read[past:] = True
+        hidden = answering.hidden_needles(example, chunk)
+        if hidden:
+            assert all(not read[place : place + 30].any() for place in example.needles)
+        else:
+            assert all(read[place : place + 38].any() for place in example.needles)
+        counts.append(hidden)
+    assert 3 < sum(counts) < 25
+
+
+def test_bits_are_those_of_the_model_and_separators_do_not_count(methods: Methods, source: TaskSource) -> None:
+    stream = source.streams["test"]
+    losses = {
+        row.name: answering.text_bits(methods, row, stream, 512, CHUNK, 2, 4096) for row in (ROWS[DENSE], LIBRARY_DENSE)
+    }
+    bits, counted = losses[DENSE]
+    assert bits == pytest.approx(losses[LIBRARY_DENSE.name][0], rel=1e-4)
+    windows = torch.from_numpy(answering.heldout_windows(stream, 512, 2))
+    with torch.no_grad():
+        logits = methods.model(input_ids=windows[:, :-1]).logits
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    real = windows[:, 1:] < corpora.SEPARATOR
+    assert bits == pytest.approx(((nats.view(2, -1) * real).sum(1) / math.log(2)).tolist(), rel=1e-4)
+    assert counted == real.sum(1).tolist()
+
+
+# ---- probes ----
+
+
+@pytest.fixture(scope="module")
+def probed(methods: Methods, source: TaskSource) -> dict[str, dict[str, Any]]:
+    windows = [source.example("frequent_words", "test", CONTEXT, 0).window]
+    rows = [LIBRARY_DENSE, ROWS[CONTROL], PAPER, replace(PAPER, name="half", dense_layers=1), FULL_QUOKA]
+    rows += [replace(FULL_QUOKA, name="third", settings={"kv_ratio": 0.3})]
+    rows += [replace(UNSHARED, name=f"corrected {yes}", correction=yes) for yes in (False, True)]
+    return {row.name: probing.probe(methods, row, windows, CHUNK) for row in rows}
+
+
+def test_probes_of_what_is_known_by_hand(probed: dict[str, dict[str, Any]]) -> None:
+    for name in (LIBRARY_DENSE.name, FULL_QUOKA.name):
+        found = probed[name]
+        assert set(found["density"].values()) == {1.0}
+        assert found["coverage"] == pytest.approx(1.0, abs=1e-4)
+        assert found["output_error"] < 1e-4
+    # chunks of one block: of n past blocks the control reads two at the front and three at the back
+    read = sum(min(n, 5) for n in range(1, 8)) / sum(range(1, 8))
+    assert set(probed[CONTROL]["density"].values()) == {round(read, 5)}
+    assert 0.2 < probed[CONTROL]["coverage"] < 0.999
+    third = sum(math.ceil(0.3 * 128 * n) for n in range(1, 8)) / (128 * sum(range(1, 8)))
+    assert probed["third"]["density"]["mask"] == pytest.approx(third, abs=1e-5)
+    assert probed["third"]["output_error"] > 0.05
+
+
+def test_probes_follow_the_cascade_and_the_layers(probed: dict[str, dict[str, Any]]) -> None:
+    steps = probed[PAPER.name]["density"]
+    assert steps["mask"] <= steps["query_block_union"] <= steps["sub_group_union"] == steps["group_union"] < 1
+    assert probed[PAPER.name]["windows"] == 1
+    first, second = probed["half"]["layers"]
+    assert first["density"]["sub_group_union"] == 1.0 > second["density"]["sub_group_union"]
+    mean = (first["density"]["sub_group_union"] + second["density"]["sub_group_union"]) / 2
+    assert probed["half"]["density"]["sub_group_union"] == pytest.approx(mean, abs=1e-5)
+    plain, corrected = probed["corrected False"], probed["corrected True"]
+    assert plain["layers"][0]["density"] == corrected["layers"][0]["density"]
+    assert plain["layers"][0]["output_error"] != corrected["layers"][0]["output_error"]
+    assert plain["layers"][0]["coverage"] == corrected["layers"][0]["coverage"]
+
+
+def test_a_probe_sees_what_the_library_runs(methods: Methods, source: TaskSource) -> None:
+    """The probed model goes on as the model under the integration does."""
+    window = source.example("niah_single", "test", CONTEXT, 1).window
+    cache = DynamicCache(config=methods.model.config)
+    with torch.no_grad(), methods.running(PAPER):
+        expected = prefill(methods.model, torch.from_numpy(window)[None], cache, CHUNK)
+    seen: list[torch.Tensor] = []
+    hook = methods.model.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(logits))
+    probing.probe(methods, PAPER, [window], CHUNK)
+    hook.remove()
+    torch.testing.assert_close(seen[-1][:, -1], expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- plans ----
+
+
+def test_the_h200_plan_has_what_the_comparison_needs() -> None:
+    plan = plans.preset("h200")
+    names = [row.name for row in plan.rows]
+    assert len(names) == len(set(names))
+    assert {stage.chunk for stage in plan.stages} == {1024, 512}
+    assert {stage.context for stage in plan.stages} == {4096, 8192, 16384, 32768}
+    items: dict[str, int] = {}
+    at: dict[tuple[str, int], int] = {}
+    for stage, row in plan.cells():
+        if stage.chunk == 1024:
+            items[row.name] = items.get(row.name, 0) + stage.last - stage.first
+            at[row.name, stage.context] = at.get((row.name, stage.context), 0) + stage.last - stage.first
+    assert min(items.values()) >= 500
+    for row in plan.rows:
+        if row.priority == 0:
+            assert at[row.name, 16384] == at[row.name, 32768] == 512
+    ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for stage in plan.stages:
+        ranges.setdefault((stage.context, stage.chunk), []).append((stage.first, stage.last))
+    for spans in ranges.values():
+        assert spans[0][0] == 0
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+    swept = {row.family for row in plan.rows if row.parameter}
+    assert swept >= {QUOKA, plans.UNSHARED, "XAttention unshared", "SeerAttention unshared", "Oracle unshared"}
+    assert {plans.PAPER.format(heads) for heads in (1, 2, 4)} <= swept
+    assert {row.dense_layers for row in plan.rows} == {0, 1, 2}
+    assert any(row.settings.get("dense_last_blocks") for row in plan.rows)
+    assert any(row.correction for row in plan.rows)
+
+
+def test_plans_refuse_what_makes_no_sense() -> None:
+    with pytest.raises(ValueError, match="--preset: expected h200 or cpu, got 'tpu'"):
+        plans.preset("tpu")
+    with pytest.raises(ValueError, match="context: expected a multiple of the chunk"):
+        Stage(1000, 256, 0, 1, 0)
+    with pytest.raises(ValueError, match="items: expected a range, got 3 to 3"):
+        Stage(1024, 256, 3, 3, 0)
+    options = run.Options("cpu", Path())
+    for changes, message in (
+        ({"only": "nothing"}, "--only: expected a part of a row's name"),
+        ({"contexts": "7"}, r"--contexts: expected some of \[1024\], got '7'"),
+        ({"items": 0}, "--items: expected at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.plan(replace(options, **changes))
+    chosen = run.plan(run.Options("h200", Path(), only="QUOKA,dense", contexts="16384", items=200, budget_seconds=5.0))
+    assert chosen.budget_seconds == 5.0
+    assert [(stage.first, stage.last) for stage in chosen.stages] == [(0, 192), (192, 200), (0, 96)]
+    assert {row.family.split(" ")[0] for row in chosen.rows} > {QUOKA, DENSE}
+
+
+# ---- runs ----
+
+
+GATED = next(row for row in ROWS.values() if row.selector == "SeerGate")
+SWEEP = (ROWS["QUOKA: kv_ratio 0.25"], ROWS["QUOKA: kv_ratio 0.1"])
+TINY = Preset(
+    "cpu",
+    (Stage(512, 128, 0, 2, 1, windows=2, probes=3), Stage(512, 128, 2, 3, 0)),
+    (ROWS[DENSE], ROWS[CONTROL], replace(UNSHARED, priority=0), replace(SWEEP[0], priority=1), GATED),
+    600.0,
+    4096,
+)
+
+
+@pytest.fixture(scope="module")
+def result(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of a few rows leaves behind; it was stopped by its budget and resumed."""
+    out = tmp_path_factory.mktemp("result")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "preset", lambda name: TINY)
+        patch.setattr(answering, "decode", lambda model, logits, cache, count: decode(model, logits, cache, 1))
+        options = run.Options("cpu", out, weights=place / "model", corpus=place / "corpus.zip", budget_seconds=0.0)
+        assert run.run(options) == 0
+        assert run.run(replace(options, resume=True, budget_seconds=None)) == 0
+    return out / "fidelity-cpu.json"
+
+
+def test_a_run_leaves_every_cell_once(result: Path) -> None:
+    found = findings.load(result)
+    assert [cell["status"] for cell in found["cells"]] == ["ok"] * 6
+    keys = [(cell["row"], run.cell_key(cell)) for cell in found["cells"]]
+    assert len(keys) == len(set(keys))
+    assert list(found["absent"]) == [GATED.name]
+    assert [len(one["not_run"]) for one in found["runs"]] == [6, 0]
+    cell = found["cells"][1]
+    assert set(cell["scores"]) == set(TASKS)
+    assert all(set(map(len, digits.values())) == {2} for digits in cell["scores"].values())
+    assert len(cell["bits"]) == len(cell["bytes"]) == 2
+    assert cell["probe"]["windows"] == 3
+    assert set(found["hidden"]["512/128"]) == {"0-2", "2-3"}
+    assert found["runs"][-1]["environment"]["sources"]
+    assert list(result.parent.iterdir()) == [result]
+
+
+def test_probes_take_text_and_tasks_in_turn(source: TaskSource) -> None:
+    stage = Stage(512, 128, 0, 3, 0, probes=10)
+    windows = run.Items(source).probes(stage)
+    asks = [QUESTION in window for window in windows]
+    assert asks == [False, *[True] * 7, False, True]
+    assert np.array_equal(windows[1], source.example("niah_single", "test", 512, 0).window)
+    assert np.array_equal(windows[9], source.example("niah_single", "test", 512, 1).window)
+    assert {len(window) for window in windows} == {512}
+
+
+def test_resuming_asks_for_the_same_sources_and_weights(
+    result: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip", resume=True)
+    found = json.loads(result.read_text())
+    for change, message in (
+        ({"corpus": "other"}, "--resume: expected a result of corpus"),
+        ({"model": {}}, "--resume: expected a result of model"),
+        ({"schema": 9}, "--resume: expected a fidelity result of schema 1"),
+    ):
+        (tmp_path / "fidelity-cpu.json").write_text(json.dumps(found | change))
+        with pytest.raises(ValueError, match=message):
+            run.run(options)
+
+
+def test_the_command_lists_and_reports(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fidelity", "--preset", "h200", "--list", "--only", "QUOKA"]) == 0
+    printed = capsys.readouterr().out
+    assert "16384/1024 items 192-512" in printed
+    assert "by planning figures, nothing is measured yet" in printed
+    assert main(["report", str(result), "--out", str(tmp_path)]) == 0
+    names = [Path(line).name for line in capsys.readouterr().out.split()]
+    assert names == ["fidelity-cpu.md", "fidelity-cpu.png", "fidelity-cpu-bits.png"]
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names[1:])
+    words = (tmp_path / names[0]).read_text()
+    for expected in ("too few items hide all their needles", "Every row", "| dense |", "did not run: no gate weights"):
+        assert expected in words
+    assert report.markdown(findings.load(result), names[1:]) == words
+    assert main(["fidelity", "--preset", "x"]) == 2
+    assert main(["sources", "--of", "fidelity"]) == 0
+
+
+# ---- findings, on results made by hand ----
+
+
+def made(rows: dict[str, tuple[Row, float, float]], *, items: int = 40, words: dict[str, float] | None = None) -> Any:
+    """A result at 16384/1024: {name: (row, density, share of right items)}; every needle is hidden."""
+    cells = []
+    for name, (_, density, share) in rows.items():
+        scores = {}
+        for task in TASKS:
+            right = (words or {}).get(task, share) if name == CONTROL else share
+            digits = "".join(str(ANSWER_WORDS[task] if n < right * items else 0) for n in range(items))
+            scores[task] = {"greedy": digits, "in_chunk": digits}
+        cell = {
+            "row": name,
+            "context": 16384,
+            "chunk": 1024,
+            "first": 0,
+            "last": items,
+            "status": "ok",
+            "scores": scores,
+        }
+        cell |= {"bits": [100.0 * (2 - share)] * 4, "bytes": [100] * 4}
+        steps = dict.fromkeys(probing.STEPS, density)
+        cell["probe"] = {"density": steps, "coverage": share, "worst_coverage": 0, "below_0.9": 0, "output_error": 0}
+        cells.append(cell)
+    hidden = {"16384/1024": {f"0-{items}": {task: str(ANSWER_WORDS[task]) * items for task in NEEDLE_TASKS}}}
+    return {
+        "rows": {row.name: row.as_json() for row, _, _ in rows.values()},
+        "cells": cells,
+        "hidden": hidden,
+        "preset": "h200",
+        "protocol": [],
+        "model": {"weights": "w", "gate": None, "parameters": 1, "dtype": "bfloat16"},
+        "corpus": "c",
+        "absent": {},
+        "runs": [{"environment": {"gpu": "GPU", "torch": "2", "compactattn": "0"}, "not_run": []}],
+    }
+
+
+def lineup(dense: float = 1.0, control: float = 0.0) -> dict[str, tuple[Row, float, float]]:
+    quoka = {n: ROWS[f"QUOKA: kv_ratio {n:g}"] for n in (0.25, 0.1)}
+    rows = ((ROWS[DENSE], 1.0, dense), (ROWS[CONTROL], 0.05, control), (quoka[0.25], 0.25, 0.6), (quoka[0.1], 0.1, 0.2))
+    rows += ((WIDE, 0.3, 1.0), (UNSHARED, 0.1, 0.8))
+    return {row.name: (row, density, share) for row, density, share in rows}
+
+
+def test_the_control_decides_whether_a_task_measures() -> None:
+    found = made(lineup(), words={"niah_multivalue": 0.75, "niah_single": 0.4})
+    verdicts = {task: findings.judge(found, 16384, 1024, task) for task in NEEDLE_TASKS}
+    assert {task: verdict.measures for task, verdict in verdicts.items() if verdict} == {
+        "niah_single": False,  # 0.4 is under a half, but its interval is not
+        "niah_multikey": True,
+        "niah_multivalue": False,
+        "niah_multiquery": True,
+        "variable_tracking": True,
+    }
+    words = report.markdown(found, [])
+    assert words.count("MEASURES NOTHING: the control does not fail") == 4
+    assert "these tasks measure nothing" not in words
+    nothing = report.markdown(made(lineup(control=1.0)), [])
+    assert "**The control fails on no task as it must: these tasks measure nothing on this model.**" in nothing
+    unsolved = findings.judge(made(lineup(dense=0.4)), 16384, 1024, "niah_single")
+    assert unsolved
+    assert unsolved.words == "measures nothing: the model does not solve it with dense attention"
+    few = findings.judge(made(lineup(), items=19), 16384, 1024, "niah_single")
+    assert few
+    assert (few.items, few.measures) == (19, False)
+    rows = lineup()
+    del rows[CONTROL]
+    assert "**nothing below is known to measure a selection.**" in report.markdown(made(rows), [])
+
+
+def test_items_that_the_control_can_see_do_not_count() -> None:
+    found = made(lineup(), words={"niah_multikey": 0.5})
+    hidden = found["hidden"]["16384/1024"]["0-40"]
+    hidden["niah_multikey"] = "0" * 20 + "1" * 20  # the control is right on the first half alone
+    verdict = findings.judge(found, 16384, 1024, "niah_multikey")
+    assert verdict
+    assert (verdict.items, verdict.control, verdict.dense, verdict.measures) == (20, 0.0, 1.0, True)
+    hidden["variable_tracking"] = "4" * 40  # one of five lines can be seen
+    partial = findings.judge(found, 16384, 1024, "variable_tracking")
+    assert partial
+    assert partial.items == 0
+
+
+def test_equal_density_is_between_the_neighbours_of_a_sweep() -> None:
+    found = findings.points(made(lineup()), 16384, 1024)
+    sweeps = findings.families(found)
+    middle = findings.at_density(sweeps[plans.UNSHARED], 0.2)
+    assert middle
+    assert middle.mean(NEEDLE_TASKS) == pytest.approx(0.9)
+    assert middle.bits_per_byte == pytest.approx(1.1)
+    assert findings.at_density(sweeps[plans.UNSHARED], 0.1) is found[UNSHARED.name]
+    assert findings.at_density(sweeps[plans.UNSHARED], 0.35) is None
+    assert findings.at_density(sweeps[plans.UNSHARED], 0.09) is None
+    gap = findings.difference(middle, found[DENSE], NEEDLE_TASKS)
+    assert gap
+    assert gap.points == pytest.approx(-10)
+    assert gap.low < -10 < gap.high
+    assert gap.items == 5 * 40
+
+
+def test_differences_are_paired_and_over_common_items_alone() -> None:
+    rows = lineup()
+    found = made(rows)
+    shorter = next(cell for cell in found["cells"] if cell["row"] == "QUOKA: kv_ratio 0.1")
+    for digits in shorter["scores"].values():
+        digits |= {measure: its[:8] for measure, its in digits.items()}
+    shorter["last"] = 8
+    points = findings.points(found, 16384, 1024)
+    gap = findings.difference(points["QUOKA: kv_ratio 0.1"], points["QUOKA: kv_ratio 0.25"], NEEDLE_TASKS)
+    assert gap
+    assert (gap.points, gap.low, gap.high, gap.items) == (0.0, 0.0, 0.0, 40)  # the first 8 items are right in both
+    same = findings.difference(points[DENSE], points[DENSE], TASKS)
+    assert same
+    assert str(same) == "+0.0 (+0.0 to +0.0)"
+
+
+def test_ranges_of_items_are_put_together() -> None:
+    found = made(lineup())
+    cell = next(cell for cell in found["cells"] if cell["row"] == DENSE)
+    more = json.loads(json.dumps(cell)) | {"first": 50, "last": 60}
+    more["scores"] = {task: dict.fromkeys(("greedy", "in_chunk"), "0" * 10) for task in TASKS}
+    del more["bits"], more["probe"]
+    found["cells"].append(more)
+    point = findings.points(found, 16384, 1024)[DENSE]
+    shares = point.scores["greedy"]["niah_single"]
+    assert len(shares) == 60
+    assert np.isnan(shares[40:50]).all()
+    assert point.mean(["niah_single"]) == pytest.approx(40 / 50)
+    assert point.bits_per_byte == pytest.approx(1.0)
+
+
+def test_the_goals_are_judged_in_numbers() -> None:
+    words = report.markdown(made(lineup()), [])
+    goals = [line for line in words.splitlines() if line.startswith("| 16K")]
+    best, in_chunk, bits, first, second, *others = goals
+    assert "alpha 0.8, density 0.100) less dense" in best
+    assert "≥ -0.5 | -20.0 (" in best
+    assert best.endswith("**no** |")
+    assert in_chunk == best.replace("greedy", "in chunk")  # the made up scores are the same
+    assert "1.2000 (1.2000 to 1.2000) | **no** |" in bits
+    assert "FlashPrefill unshared less QUOKA: kv_ratio 0.1, both at density 0.100" in first
+    assert "+60.0 (" in first
+    assert first.endswith("yes |")
+    assert "+35.0 (" in second  # between 0.8 at 0.1 and 1.0 at 0.3 it has 0.95 at 0.25
+    assert others == [line.replace("greedy", "in chunk") for line in (first, second)]
+    rows = lineup()
+    rows[UNSHARED.name] = (UNSHARED, 0.1, 1.0)
+    met = [line for line in report.markdown(made(rows), []).splitlines() if line.startswith("| 16K")]
+    assert len(met) == 7
+    assert all(line.endswith("| yes |") for line in met)
+
+
+def test_changes_are_held_against_the_same_family() -> None:
+    rows = lineup()
+    rows[CORRECTED.name] = (CORRECTED, 0.2, 1.0)
+    words = report.markdown(made(rows), [])
+    (line,) = [line for line in words.splitlines() if line.startswith("| context 16K") and "mean correction: " in line]
+    assert "+10.0 (" in line  # over 0.9 at density 0.2
+
+
+def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a result of `python -m benchmarks fidelity`, got no file"):
+        findings.load(tmp_path / "absent.json")
+    (tmp_path / "x.json").write_text('{"kind": "latency"}')
+    with pytest.raises(ValueError, match="expected a fidelity result of schema 1, got something else"):
+        findings.load(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json: expected JSON, got"):
+        findings.load(tmp_path / "x.json")
+    assert main(["report", str(tmp_path / "x.json")]) == 2

@@ -1,0 +1,150 @@
+"""vLLM's engine itself, on the CPU: its scheduler, block manager and model runner around this plugin.
+
+The model is the test bed's. With `Dense` the engine speaks the tokens that transformers speaks; with FlashPrefill those
+of transformers through `compactattn.integrations.transformers` with the same chunks. Through prefix hits, evictions and
+preemptions every request keeps getting what `prefill` without any kept means gives it.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed; tests/vllm/run installs what these tests need")
+
+from tests.vllm.layers import WEIGHTS, engine_arguments  # noqa: I001
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from compactattn import FlashPrefill, PagedKV, PrefillBatch, prefill
+from compactattn.integrations.engine_steps import LayerPlan
+from compactattn.integrations.transformers import enable
+
+CHUNK = 256
+FLASH = {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 1, "block_size": 64, "query_block": 64, "dense_keys": 128}
+TEXT = (Path(__file__).parents[2] / "compactattn" / "data.py").read_bytes()
+
+
+@contextmanager
+def engine(options: dict[str, Any], **changes: Any) -> Iterator[LLM]:
+    """On the CPU vLLM always takes its backend CPU_ATTN, so that is the name under which the plugin's stands here."""
+    register_backend(AttentionBackendEnum.CPU_ATTN, "compactattn.integrations.vllm.CompactAttentionBackend")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            # vLLM looks through every loaded module for Triton kernels, and takes what llvmlite has there for an object
+            # with a dictionary.
+            patch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
+            llm = LLM(**engine_arguments(options, max_num_batched_tokens=CHUNK, **changes))
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+    finally:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+
+
+def speak(llm: LLM, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], list[int]]:
+    """(greedy tokens, tokens of the prompt found in the prefix cache) of each prompt."""
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs]
+
+
+def spoken_by_transformers(ids: list[int], tokens: int, selector: FlashPrefill | None) -> list[int]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
+    chunk: dict[str, int] = {}
+    if selector is not None:
+        enable(selector=selector, heads_per_group=1, query_blocks_per_span=1)
+        model.set_attn_implementation("compactattn")
+        chunk = {"prefill_chunk_size": CHUNK}
+    prompt = torch.tensor([ids])
+    with torch.no_grad():
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
+            pad_token_id=0, **chunk,
+        )  # fmt: skip
+    return out[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("options", [{"selector": "dense"}, FLASH], ids=["dense", "flashprefill"])
+def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any]) -> None:
+    ids = list(TEXT[:700])
+    selector = FlashPrefill(**FLASH) if options == FLASH else None
+    with engine(options) as llm:
+        spoken, _ = speak(llm, [ids], 24)
+    assert spoken == [spoken_by_transformers(ids, 24, selector)]
+
+
+@contextmanager
+def watched(seen: Counter[str]) -> Iterator[None]:
+    """Compare every seventh call of a layer with `prefill` of each request alone, on the same cache, no means kept."""
+    run = LayerPlan.run
+
+    def checked(self: LayerPlan, q: Any, k: Any, v: Any, step: Any, summary: Any, out: Any) -> None:
+        run(self, q, k, v, step, summary, out)
+        seen["calls"] += 1
+        for planned in step.runs if seen["calls"] % 7 == 0 else ():
+            starts, seq_lens = planned.batch.cu_seqlens_q.tolist(), planned.batch.seq_lens.tolist()
+            for b, seq_len in enumerate(seq_lens):
+                rows = slice(planned.rows.start + starts[b], planned.rows.start + starts[b + 1])
+                kv = PagedKV(k, v, planned.page_table[b : b + 1])
+                batch = PrefillBatch.from_lens([rows.stop - rows.start], [seq_len])
+                alone = prefill(
+                    q[rows], kv, batch, selector=self.selector, heads_per_group=1, query_blocks_per_span=1,
+                    scale=self.scale,
+                )  # fmt: skip
+                assert isinstance(alone, torch.Tensor)
+                torch.testing.assert_close(out[rows], alone, atol=2e-5, rtol=0)
+                seen["dense" if planned.run.dense else "sparse"] += 1
+
+    LayerPlan.run = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LayerPlan.run = run  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("options", [{"selector": "dense"}, FLASH], ids=["dense", "flashprefill"])
+def test_requests_keep_what_they_get_alone_through_a_cache_that_is_too_small(options: dict[str, Any]) -> None:
+    """Prompts share prefixes; the cache holds a few of them, so pages are evicted, filled anew, and found again."""
+    choice = random.Random(0)
+    documents = [list(TEXT[start : start + 500]) for start in (0, 3000, 6000)]
+    prompts = []
+    for _ in range(6):
+        document = choice.choice(documents)
+        prompts.append(document[: choice.randint(150, 480)] + [choice.randrange(256) for _ in range(20)])
+    seen: Counter[str] = Counter()
+    with engine(options, num_gpu_blocks_override=50) as llm, watched(seen):
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        preempt = scheduler._preempt_request
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            seen["preempted"] += 1
+            return preempt(*arguments, **named)
+
+        scheduler._preempt_request = counted
+        first, _ = speak(llm, prompts, 28)
+        again, found = speak(llm, prompts[::-1], 28)
+    if options != FLASH:  # a selection follows the chunks, and they begin where the prefix cache ends
+        assert first == again[::-1]
+    assert max(found) > 100
+    assert seen["preempted"]
+    assert seen["dense"]
+    assert bool(seen["sparse"]) == (options == FLASH)
+
+
+def test_this_is_the_vllm_that_was_asked_for() -> None:
+    assert vllm.__version__.startswith(("0.31.", "0.32.", "0.33."))
