@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("--out", type=Path, help="directory for the .md and .png files (default: beside the result)")
     report.set_defaults(run=_report)
     sources = commands.add_parser("sources", help="the hash of this checkout's sources, as results record it")
-    sources.add_argument("--of", choices=("latency", "ttft", "fidelity"), default="latency", help="default: %(default)s")
+    kinds = ("latency", "ttft", "fidelity")
+    sources.add_argument("--of", choices=kinds, default="latency", help="default: %(default)s")
     sources.set_defaults(run=_sources)
     parsed = parser.parse_args(arguments)
     try:

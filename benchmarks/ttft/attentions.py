@@ -1,4 +1,4 @@
-"""The attentions that run in a stack: dense baselines, this library, plain PyTorch, and none at all.
+"""The attentions that run in a stack: dense baselines, this library, and none at all.
 
 Each makes, for one chunk, the call (layer, queries) -> output that `Stack.forward` takes.
 """
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines
-from benchmarks.cases import FINEST, Grouping, table_mask
-from benchmarks.gate import softmax_attention
+from benchmarks.cases import FINEST, Grouping
 from benchmarks.ttft.stack import Attention, Chunk, Stack
 from benchmarks.workloads import SELECTOR
 from compactattn import BlockTable, Dense, KVSummary, PagedKV, attend, build_table, select, select_table, unite
@@ -75,29 +74,6 @@ def nothing(stack: Stack, chunk: Chunk) -> Attention:
     size = (*chunk.tokens.shape, stack.heads.q_heads, stack.heads.head_dim)
     out = torch.randn(size, device=stack.device, dtype=stack.dtype) / math.sqrt(chunk.context)
     return lambda layer, query: out
-
-
-def plain(stack: Stack, chunk: Chunk, table: BlockTable | None = None) -> Attention:
-    """Softmax attention spelled out in the stack's dtype, causal, and under a table if one is given."""
-    keep = None if table is None else table_mask(table)
-
-    def run(layer: int, query: Tensor) -> Tensor:
-        (requests, heads, n, _), group = query.shape, stack.heads.group
-        keys, values = _seen(stack, chunk, layer)
-        unseen = torch.arange(chunk.context, device=query.device) > chunk.positions[0][:, None]
-        out = torch.empty_like(query)
-        for b in range(requests):
-            for h in range(heads // group):
-                mine, hidden = slice(h * group, (h + 1) * group), unseen
-                if table is not None and keep is not None:
-                    i = torch.arange(n, device=query.device) // table.query_block
-                    listed = keep[table.rows[b, mine].long()[:, i]].repeat_interleave(table.block_size, -1)
-                    hidden = unseen | ~listed[..., : chunk.context]
-                parts = query[b, mine], keys[b, h], values[b, h], hidden
-                out[b, mine] = softmax_attention(*parts, query.shape[-1] ** -0.5, query.dtype)
-        return out.transpose(1, 2)
-
-    return run
 
 
 def packed_queries(query: Tensor) -> Tensor:
