@@ -404,7 +404,9 @@ def test_a_result_has_what_it_must(result: Path) -> None:
         assert set(row["times"]["plain"]) == {*PERCENTILES, "runs"}
         assert row["gate"]["passed"]
         assert row["flops"] > 0
-    assert "selection runs and is timed" in run.__doc__ or any("left aside" in line for line in found["protocol"])
+    own = record["chunks"][0]["own_selection"]
+    assert 0.5 * own["visible"] < own["selected"] <= own["visible"]  # random weights have no pattern
+    assert any("left aside" in line for line in found["protocol"])
 
 
 def _fields(case: dict[str, Any]) -> dict[str, Any]:
@@ -418,7 +420,7 @@ def test_json_becomes_a_report(result: Path, tmp_path: Path, capsys: pytest.Capt
     words = text.read_text()
     for expected in (
         "what was selected is then left aside",
-        "Random weights make the selection keep nearly every block",
+        "kept by the model's own selection",
         "1K, 2 of 8 chunks",
         "(fastest dense)",
         "no attention",
@@ -482,6 +484,7 @@ def prompt_result(case: StackCase, times: Times, mode: str = "graph") -> dict[st
                 "stands_for": 16.0,
                 "rows": [row(name, time) for name, time in times(n).items()],
                 "density": density,
+                "own_selection": {"selected": 90, "visible": 100},
             }
             for n in range(since + 9, end, 16)
         ]
@@ -514,6 +517,7 @@ def test_findings_by_hand() -> None:
     assert findings.speedup(chunks, NOTHING, "graph") == pytest.approx((19 + 35) / 20)
     assert findings.attention_share(chunks, "compactattn 1x1", "graph") == pytest.approx(4 / 14)
     assert findings.attention_speedup(chunks, "compactattn 4xchunk", "graph") == pytest.approx((9 + 25) / 10)
+    assert findings.own_density(chunks) == pytest.approx(0.9)
     assert findings.rate(chunks, "compactattn 1x1", "graph") == pytest.approx(2e9 / 14e-3 / 1e12)
     (target,) = findings.targets(found)
     whole = (10 * 8 + 9 + 25 + 41 + 57 + 73 + 89 + 105 + 121) / (14 * 8)
@@ -574,6 +578,8 @@ def test_sources_of_a_result_are_printed(result: Path, capsys: pytest.CaptureFix
     [
         (["--preset", "a100"], "expected h200 or cpu, got 'a100'"),
         (["--preset", "cpu", "--only", "nothing"], "expected a part of a case's name"),
+        (["--preset", "cpu", "--shrink", "0"], "--shrink: expected at least 1, got 0"),
+        (["--preset", "cpu", "--threads", "0"], "--threads: expected at least 1, got 0"),
         pytest.param(
             ["--preset", "h200"],
             "expected a CUDA device",
@@ -596,5 +602,6 @@ def test_what_is_missing_is_named(
     other.write_text(json.dumps({"kind": "ttft", "schema": 9}))
     assert main(["report", str(other)]) == 2
     assert "expected a ttft result of schema 1" in capsys.readouterr().err
+    other.write_text(json.dumps({"kind": "ttft", "schema": 1, "cases": []}))
     with pytest.raises(ValueError, match="expected a latency result"):
         load(other)

@@ -12,6 +12,7 @@ from benchmarks.workloads import BLOCK
 
 ENDS = (32 * K, 64 * K, 128 * K)
 NOTHING, COMPLETE, SPARSE = "no attention", "dense compactattn", "compactattn "  # rows; the last + a grouping
+OWN = "layer 0's own selection"  # beside the densities of the workload's tables
 RESERVE = 0.05  # of a device's memory: its context, library workspaces, and what allocators cannot use
 
 
@@ -98,7 +99,8 @@ def preset(name: str) -> Preset:
     if name == "h200":
         notes = (
             "bfloat16; weights are random, of the shapes of Llama-3.1-8B and Qwen3-30B-A3B; every 16th chunk is "
-            "measured and stands for its neighbours.",
+            "measured and stands for its neighbours. The workload is calibrated on Llama-3.1-8B's published densities, "
+            "and both models attend under it.",
             "One rank of TP2 has half of the query heads, KV heads, MLP rows (of each expert) and vocabulary, norms "
             "and router whole; its all-reduces are not part of any time.",
         )

@@ -65,6 +65,12 @@ def rate(chunks: list[Record], name: str, mode: str) -> float:
     return flops / total(chunks, name, mode=mode) / 1e9
 
 
+def own_density(chunks: list[Record]) -> float:
+    """Selected ÷ visible blocks of what layer 0 selects on the model's own queries and keys."""
+    sums = [sum(chunk["own_selection"][n] * chunk["stands_for"] for chunk in chunks) for n in ("selected", "visible")]
+    return sums[0] / sums[1] if sums[1] else math.nan
+
+
 def sparse_rows(chunks: list[Record]) -> list[str]:
     """Names of the library's rows."""
     return [name for name in row_names(chunks) if name.startswith(SPARSE)]

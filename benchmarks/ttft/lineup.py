@@ -23,11 +23,12 @@ from benchmarks.gate import Verdict
 from benchmarks.machine import attend_kernel
 from benchmarks.timing import poison_free_memory
 from benchmarks.ttft import attentions
-from benchmarks.ttft.cases import COMPLETE, NOTHING, SPARSE, StackCase
+from benchmarks.ttft.cases import COMPLETE, NOTHING, OWN, SPARSE, StackCase
 from benchmarks.ttft.stack import Attention, Chunk, Stack
 from benchmarks.ttft.stack_gate import MakeAttention
 from benchmarks.workloads import SELECTOR, WORKLOADS, Density, make_step, measure_density
 from compactattn import BlockTable, build_table, check, select, summarize, unite
+from compactattn.selection import block_rules
 
 
 def dense_attentions(device: str, *, flash: bool) -> dict[str, MakeAttention]:
@@ -78,7 +79,7 @@ def chunk_field(
     planned: Mapping[Grouping, Planned],
     stack_verdicts: Mapping[str, Verdict],
 ) -> Field:
-    """The contestants of one chunk, on the stack's own cache.
+    """The contestants of one chunk, on the stack's own cache, and the density of the workload and (`OWN`) the model.
 
     Args:
         stack: its cache holds a past.
@@ -98,6 +99,8 @@ def chunk_field(
     kernel = attend_kernel(query, paged[0], SELECTOR.block_size, SELECTOR.query_block)
     summary = summarize(paged[0], chunk.batch, block_size=SELECTOR.block_size)
     selection = select(query, paged[0], chunk.batch, SELECTOR, summary=summary)
+    visible_blocks = int(block_rules(chunk.batch, SELECTOR).visible.sum()) * stack.heads.q_heads
+    lineup.density[OWN] = {"selected": int(selection.mask.sum()), "visible": visible_blocks}
 
     exact = gate.reference_rows(query, paged[0], chunk.batch, rows)
     lens = [chunk.tokens.shape[1]] * requests, [chunk.past] * requests

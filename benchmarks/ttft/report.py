@@ -88,12 +88,14 @@ def _summary(prompt: Prompt, mode: str) -> list[str]:
                     findings.attention_share(chunks, name, mode),
                     findings.attention_speedup(chunks, name, mode),
                     findings.rate(chunks, name, mode),
+                    f"{findings.own_density(chunks):.1%}" if grouping else "-",
                     f"{mask_density(chunks):.1%}" if grouping else "-",
                     union_growth(chunks, grouping) if grouping else "-",
                 )
             )
     head = ("prompt", "", "s to the first token", "sum of p20-p80", "x fastest dense", "attention share")
-    return table((*head, "x in attention alone", "useful TFLOP/s", "mask density", "union growth"), rows)
+    densities = ("kept by the model's own selection", "mask density of the workload", "union growth")
+    return table((*head, "x in attention alone", "useful TFLOP/s", *densities), rows)
 
 
 def paper_section(result: Record) -> list[str]:

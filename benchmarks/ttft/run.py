@@ -1,12 +1,13 @@
 """`python -m benchmarks ttft`: whole models, chunk after chunk, dense and sparse attention in the same stack.
 
     python -m benchmarks ttft --preset cpu                        # small models: tries the code, under a minute
-    python -m benchmarks ttft --preset h200                       # one H200, about six minutes
+    python -m benchmarks ttft --preset h200 --resume              # one H200, again and again until all cases are there
     python -m benchmarks ttft --preset h200 --list                # cases, and the memory that each needs
     python -m benchmarks report benchmarks/results/ttft-h200.json
 
 Needs transformers (extra `hf`). Prompts of 32K, 64K and 128K share their chunks; of the chunks every `stride`-th is
-measured and stands for its neighbours, as in `benchmarks.prompts`.
+measured and stands for its neighbours, as in `benchmarks.prompts`. No case begins after the preset's budget of seconds;
+the JSON is rewritten after each case.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from benchmarks.latency import opened, run_cases, torch_threads
 from benchmarks.machine import TTFT_SOURCES, sensors
 from benchmarks.measure import Rounds, failed, measure
 from benchmarks.prompts import brief_rows, places
-from benchmarks.ttft.cases import StackCase, in_small, needed_bytes, preset, refuse_if_too_large
+from benchmarks.ttft.cases import OWN, StackCase, in_small, needed_bytes, preset, refuse_if_too_large
 from benchmarks.ttft.lineup import chunk_field, dense_attentions, workload_tables
 from benchmarks.ttft.models import EXPERTS
 from benchmarks.ttft.stack import Stack
 from benchmarks.ttft.stack_gate import MakeAttention, stack_verdicts
-from benchmarks.workloads import PUBLISHED_DENSITY, Density
+from benchmarks.workloads import Density
 
 KIND, SCHEMA = "ttft", 1
 PACKAGES = ("transformers",)
@@ -45,9 +46,10 @@ PROTOCOL = (
     "(select_table, which updates the key means first), and this is part of their time; what was selected is then left "
     "aside, and the attention reads the block table of the calibrated workload at the same context, the same one in "
     "every layer.",
-    "Random weights make the selection keep nearly every block, so its time is that of writing long tables.",
-    "The cache is head-major and allocated once; all attentions read the same memory in place. The past is noise of "
-    "the size of what the model writes; each pass writes its chunk's own keys and values.",
+    "How much it would have kept in layer 0 is reported: the closer to every block, the more of the selection's time "
+    "goes into long tables that nobody reads.",
+    "The cache is head-major and allocated once; all attentions read the same memory in place. The past is "
+    "standard normal noise; each pass writes its chunk's own keys and values.",
     "Dense attention is bottom-right causal: cuDNN's past and chunk are merged by log-sum-exp, FlashAttention-2 and "
     "dense compactattn (the table of Dense(), made once for all layers) do it in one call. Speedups are over the one "
     "that takes least.",
@@ -97,6 +99,9 @@ def planned(options: Options) -> tuple[Preset, list[StackCase]]:
     Raises:
         ValueError: an unknown preset, or options that leave nothing to run.
     """
+    for name in ("shrink", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     chosen = preset(options.preset)
     changes = {name: getattr(options, name) for name in ("budget_seconds", "timing_seconds", "device")}
     chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
@@ -174,7 +179,7 @@ class Bench:
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             record |= self._measured(case, stack)
-            record["memory"] = {"needed": needed, "peak": torch.cuda.max_memory_allocated() if cuda else None}
+            record["memory"] = {"needed": needed, "peak": torch.cuda.max_memory_reserved() if cuda else None}
             record["sensors"] = sensors() if cuda else {}
         except Exception as error:
             record |= {"status": "failed", "reason": baselines.reason(error)}
@@ -210,7 +215,7 @@ class Bench:
             absent |= missing
             density = {name: asdict(one) for name, one in lineup.measured.items()}
             here = {"context": chunk.context, "stands_for": stands_for, "rows": brief_rows(rows), "density": density}
-            chunks.append(here)
+            chunks.append({**here, "own_selection": lineup.density[OWN]})
             for name, one in lineup.measured.items():
                 total[name] = total.get(name, Density()) + one
             del lineup, tables
@@ -221,7 +226,6 @@ class Bench:
             "chunks": chunks,
             "did_not_run": absent,
             "density": {name: one.as_json() for name, one in total.items()},
-            "published_density": PUBLISHED_DENSITY.get(case.context),
         }
 
 
