@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.published import PAPER_END_TO_END, PAPER_END_TO_END_SOURCE
 from benchmarks.records import Record, cell, environment_of, of_kind, read_kind, table, tokens
-from benchmarks.report import absent_section, kernels_section, machine_section
+from benchmarks.report import written
 from benchmarks.report_prompts import Prompt, mask_density, prompts, row_names, time_of, total, union_growth
 from benchmarks.ttft import figure, findings
 from benchmarks.ttft.cases import SPARSE
@@ -28,24 +28,14 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
 
 def markdown(result: Record, pictures: list[str]) -> str:
     """The whole report; `pictures` are the figures' file names."""
-    where = environment_of(result)
-    known = ", ".join(f"{name} {value}" for name, value in where.items() if name != "gpu" and value is not None)
-    lines = [f"# Time to the first token, preset {result['preset']}", "", f"{where['gpu'] or 'CPU'}; {known}", ""]
-    lines += [*machine_section(result), *(f"- {line}" for line in [*result["protocol"], *result["notes"]]), ""]
-    lines += [f"![{name}]({name})\n" for name in pictures]
-    sections = {
-        "Targets": targets_section(result),
-        "Whole prompts": summary_section(result),
-        "Beside the paper": paper_section(result),
-        "Every measured chunk": chunks_section(result),
-        "Memory": memory_section(result),
-        "Kernels": kernels_section(result),
-        "Red gates, failures, absences": absent_section(result),
-    }
-    for title, body in sections.items():
-        if body:
-            lines += [f"## {title}", "", *body, ""]
-    return "\n".join(lines)
+    sections = (
+        ("Targets", targets_section),
+        ("Whole prompts", summary_section),
+        ("Beside the paper", paper_section),
+        ("Every measured chunk", chunks_section),
+        ("Memory", memory_section),
+    )
+    return written("Time to the first token", result, sections, pictures)
 
 
 def targets_section(result: Record) -> list[str]:
