@@ -105,14 +105,14 @@ def reference_rows(
                 columns = seen.flatten(0, -2).any(0).nonzero().squeeze(1)
                 k, v, unseen = k[columns], v[columns], (hidden[:, columns] | ~seen[..., columns])
             queries = q[rows[b], mine].transpose(0, 1)
-            truth = softmax_attention(queries, k, v, unseen, scale, torch.float64)
-            plain = softmax_attention(queries, k, v, unseen, scale, q.dtype).double()
+            truth = _softmax_attention(queries, k, v, unseen, scale, torch.float64)
+            plain = _softmax_attention(queries, k, v, unseen, scale, q.dtype).double()
             budget = 2 * (plain - truth).abs().amax((1, 2)) + torch.finfo(q.dtype).eps * truth.abs().amax((1, 2))
             exact[b, :, mine], allowed[b, mine] = truth.transpose(0, 1), budget
     return Reference(rows, exact, allowed)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Plain attention in `dtype`: q [G, n, D], k and v [L, D], unseen broadcastable to [G, n, L]."""
     scores = q.to(dtype) @ k.to(dtype).T
     scores = scores.mul_(scale).masked_fill_(unseen, -math.inf)

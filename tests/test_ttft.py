@@ -126,20 +126,19 @@ def test_references_see_what_the_mask_says(model: ModelShape) -> None:
 
 
 def test_listed_tokens_by_hand() -> None:
-    """Two query heads of their own rows and a chunk of two query blocks: past block 1 for the first head alone."""
+    """Two chunks of 200 tokens; in the second, head 0 has a row for each of its query blocks and head 1 one for both."""
     chunks = [Chunk.of(torch.zeros(1, 200, dtype=torch.int64), past) for past in (0, 200)]
-    rows = torch.tensor([[[0, 0], [1, 1]]], dtype=torch.int32)
-    dense = BlockTable(torch.tensor([[0, 1]] * 2, dtype=torch.int32), torch.tensor([2, 2]).int(), rows, 128, 128)
-    uneven = torch.tensor([[1, 2, 3, -1], [0, 1, 3, -1]], dtype=torch.int32)
-    later = BlockTable(uneven, torch.tensor([3, 2]).int(), rows, 128, 128)
-    seen = stack_gate.listed_tokens(chunks, {0: dense, 200: later})
-    assert seen.shape == (1, 2, 400, 400)
-    assert bool(seen[..., :200, :200].all())
-    assert not bool(seen[..., :200, 200:].any())
-    for head, first, last in ((0, 128, 400), (1, 0, 256)):
-        keys = torch.zeros(400, dtype=torch.bool)
-        keys[first:last] = True
-        assert torch.equal(seen[0, head, 200:], keys.expand(200, 400)), head
+    rows = torch.tensor([[[0, 2], [1, 1]]], dtype=torch.int32)
+    first = BlockTable(torch.tensor([[0, 1]] * 3).int(), torch.tensor([2, 2, 2]).int(), rows, 128, 128)
+    uneven = torch.tensor([[1, 2, 3, -1], [0, 1, 3, -1], [2, 3, -1, -1]]).int()
+    second = BlockTable(uneven, torch.tensor([3, 2, 2]).int(), rows, 128, 128)
+    seen = stack_gate.listed_tokens(chunks, {0: first, 200: second})
+    expected = torch.zeros(1, 2, 400, 400, dtype=torch.bool)
+    expected[..., :200, :200] = True
+    expected[0, 0, 200:328, 128:] = True
+    expected[0, 0, 328:, 256:] = True
+    expected[0, 1, 200:, :256] = True
+    assert torch.equal(seen, expected)
 
 
 def test_cache_and_queries_are_read_in_place() -> None:
@@ -345,7 +344,7 @@ def test_activations_are_an_upper_bound() -> None:
         stack.forward(chunk, attention)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             stack.forward(chunk, attention)
-        events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        events = profile.profiler.kineto_results.events()
         changes = sorted((one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]")
         most = max(itertools.accumulate(change for _, change in changes))
         residual = 4 * 128 * stack.shape.hidden
