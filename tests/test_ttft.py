@@ -126,7 +126,7 @@ def test_references_see_what_the_mask_says(model: ModelShape) -> None:
 
 
 def test_listed_tokens_by_hand() -> None:
-    """Two chunks of 200 tokens; in the second, head 0 has a row for each of its query blocks and head 1 one for both."""
+    """Two chunks of 200 tokens; in the second, head 0 has a row for each query block and head 1 one for both."""
     chunks = [Chunk.of(torch.zeros(1, 200, dtype=torch.int64), past) for past in (0, 200)]
     rows = torch.tensor([[[0, 2], [1, 1]]], dtype=torch.int32)
     first = BlockTable(torch.tensor([[0, 1]] * 3).int(), torch.tensor([2, 2, 2]).int(), rows, 128, 128)
@@ -314,6 +314,7 @@ def test_h200_preset_begins_with_the_papers_setting() -> None:
         ("Qwen3-30B-A3B", 1),
         ("Qwen3-30B-A3B-tp2", 8),
     }
+    assert all(case.peers for case in cases)  # FlashAttention-2 beside cuDNN
     assert [run.capacity_of(case, cases) for case in cases] == [128 * 1024] * len(cases)
 
 
