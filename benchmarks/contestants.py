@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import baselines, cases, flashinfer_peer, gate
 from benchmarks.cases import FINEST, Case, Grouping
 from benchmarks.machine import attend_kernel
-from benchmarks.tables import LENGTHS, controlled_table
+from benchmarks.tables import BLOCK, CORRECTED, LENGTHS, controlled_table
 from benchmarks.timing import poison_free_memory
 from benchmarks.workloads import SELECTOR, Density, Step, measure_density
 from compactattn import (
@@ -312,19 +312,38 @@ def controlled(
     return attention(name, q, kv, batch, table, exact, torch.empty_like(q), (flops, least), str(grouping))
 
 
+def corrected(
+    name: str, case: Case, step: Step, summary: KVSummary, grouping: Grouping, table: BlockTable
+) -> Contestant:
+    """`attend` with the mean correction over a controlled table; its FLOPs and bytes are those of the table alone."""
+    q, kv, batch = step.q, step.kv, step.batch
+    rows, out = gate.sample_rows(batch), torch.empty_like(q)
+    given = gate.table_tokens(table, q, kv, batch, rows), None, gate.left_out_means(table, q, kv, batch, rows)
+    exact = gate.reference_rows(q, kv, batch, rows, *given)
+    flops = cases.table_flops(table, batch, case.shape)
+    least = cases.table_bytes(table, batch, case.shape, q.element_size())
+    run = functools.partial(attend, q, kv, batch, table, correction=summary, out=out)
+    spoil = functools.partial(out.fill_, math.nan)
+    return Contestant(name, "stage", run, exact.check, flops, least, str(grouping), spoil)
+
+
 def tables_field(case: Case, step: Step) -> Field:
-    """The card's ceilings, dense cuDNN, and `attend` alone on controlled tables."""
+    """The card's ceilings, dense cuDNN, and `attend` alone on controlled tables, on some with the mean correction."""
     lineup = Field()
     lineup.contestants.extend(ceilings(step.q.device))
     rows = gate.sample_rows(step.batch)
     add_dense(lineup, case, step, rows)
     if case.peers:
         add_flashinfer(lineup, step, rows)
+    means = summarize(step.kv, step.batch, block_size=BLOCK, values=True)
     for grouping in groupings_of(case, fixed=True):
         for lengths in LENGTHS:
             table = controlled_table(step.batch, case.shape.q_heads, grouping, lengths)
             name = f"attend {grouping}, {lengths.name}"
             lineup.contestants.append(controlled(name, case, step.q, step.kv, step.batch, grouping, table))
+            if lengths in CORRECTED:
+                name = f"corrected attend {grouping}, {lengths.density:g} of the past"
+                lineup.contestants.append(corrected(name, case, step, means, grouping, table))
     return lineup
 
 

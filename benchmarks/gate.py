@@ -25,6 +25,10 @@ EDGES = (0, 1, 126, 127, 128, 129)
 #: Which keys the chosen rows of one KV head's query heads see besides causality: (request, KV head) -> bool [G, n, L].
 VisibleTokens = Callable[[int, int], Tensor]
 
+#: More keys and values of one KV head, each of so many tokens: (request, KV head) -> ([n, D], [n, D], hidden from the
+#: chosen rows, broadcastable to [G, n rows, n], tokens).
+Means = Callable[[int, int], tuple[Tensor, Tensor, Tensor, int]]
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -84,8 +88,12 @@ def reference_rows(
     rows: Tensor,
     visible: VisibleTokens | None = None,
     scale: float | None = None,
+    means: Means | None = None,
 ) -> Reference:
-    """Float64 attention of the chosen rows over every causal token, or those of them that `visible` allows."""
+    """Float64 attention of the chosen rows over every causal token, or those of them that `visible` allows.
+
+    `means`: of blocks that stand in for their tokens, in addition.
+    """
     heads, dim = q.shape[1:]
     kv_heads, group = kv.num_kv_heads, heads // kv.num_kv_heads
     scale = dim**-0.5 if scale is None else scale
@@ -104,19 +112,30 @@ def reference_rows(
                 seen = visible(b, h)
                 columns = seen.flatten(0, -2).any(0).nonzero().squeeze(1)
                 k, v, unseen = k[columns], v[columns], (hidden[:, columns] | ~seen[..., columns])
+            weight = None
+            if means is not None:
+                mean_k, mean_v, without, tokens = means(b, h)
+                weight = torch.zeros(len(k) + len(mean_k), dtype=torch.float64, device=q.device)
+                weight[len(k) :] = math.log(tokens)
+                without = without.expand(*torch.broadcast_shapes(unseen.shape[:-1], without.shape[:-1]), -1)
+                unseen = torch.cat((unseen.expand(*without.shape[:-1], -1), without), -1)
+                k, v = torch.cat((k, mean_k)), torch.cat((v, mean_v))
             queries = q[rows[b], mine].transpose(0, 1)
-            truth = _softmax_attention(queries, k, v, unseen, scale, torch.float64)
-            plain = _softmax_attention(queries, k, v, unseen, scale, q.dtype).double()
+            truth = _softmax_attention(queries, k, v, unseen, scale, torch.float64, weight)
+            plain = _softmax_attention(queries, k, v, unseen, scale, q.dtype, weight).double()
             budget = 2 * (plain - truth).abs().amax((1, 2)) + torch.finfo(q.dtype).eps * truth.abs().amax((1, 2))
             exact[b, :, mine], allowed[b, mine] = truth.transpose(0, 1), budget
     return Reference(rows, exact, allowed)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Plain attention in `dtype`: q [G, n, D], k and v [L, D], unseen broadcastable to [G, n, L]."""
-    scores = q.to(dtype) @ k.to(dtype).T
-    scores = scores.mul_(scale).masked_fill_(unseen, -math.inf)
-    return scores.softmax(-1) @ v.to(dtype)
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float, dtype: torch.dtype, weight: Tensor | None
+) -> Tensor:
+    """Plain attention in `dtype`: q [G, n, D], k and v [L, D], unseen broadcastable to [G, n, L], log weights [L]."""
+    scores = (q.to(dtype) @ k.to(dtype).T).mul_(scale)
+    if weight is not None:
+        scores += weight.to(dtype)
+    return scores.masked_fill_(unseen, -math.inf).softmax(-1) @ v.to(dtype)
 
 
 def table_tokens(table: BlockTable, q: Tensor, kv: PagedKV, batch: PrefillBatch, rows: Tensor) -> VisibleTokens:
@@ -130,6 +149,24 @@ def table_tokens(table: BlockTable, q: Tensor, kv: PagedKV, batch: PrefillBatch,
         return keep[row].repeat_interleave(table.block_size, -1)[..., : seq_lens[b]]
 
     return visible
+
+
+def left_out_means(table: BlockTable, q: Tensor, kv: PagedKV, batch: PrefillBatch, rows: Tensor) -> Means:
+    """The means, rounded to q's dtype, of the past blocks that a block table does not give to the chosen rows."""
+    keep, group, size = table_mask(table), q.shape[1] // kv.num_kv_heads, table.block_size
+    starts, past_lens = batch.cu_seqlens_q.tolist(), batch.past_lens.tolist()
+
+    def means(b: int, h: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        blocks = past_lens[b] // size
+        pages = kv.page_table[b, : -(-blocks * size // kv.page_size)].long()
+        k, v = (
+            cache[pages, :, h].flatten(0, 1)[: blocks * size].unflatten(0, (blocks, size)).double().mean(1).to(q.dtype)
+            for cache in (kv.k, kv.v)
+        )
+        i = (rows[b] - starts[b]) // table.query_block
+        return k, v, keep[table.rows[b, h * group : (h + 1) * group].long()[:, i], :blocks], size
+
+    return means
 
 
 def quoka_tokens(selection: QuokaSelection, batch: PrefillBatch) -> VisibleTokens:

@@ -73,8 +73,13 @@ def _attend(result: Record) -> Iterator[Target]:
             if equal is not None:
                 yield Target(f"{what}: rate ÷ equal lengths", 0.9, teraflops(row) / teraflops(equal))
             elif ", equal " in row["name"]:
-                bound = 1.0 if float(row["name"].rpartition(" ")[2]) >= DENSITY else 0.93
+                density = float(row["name"].rpartition(" ")[2])
+                bound = 1.0 if density >= DENSITY else 0.93
                 yield Target(f"{what}: rate ÷ dense", bound, teraflops(row) / teraflops(dense))
+                corrected = find(record, f"corrected attend {row['grouping']}, {density:g} of the past")
+                extra = milliseconds(corrected) / milliseconds(row) - 1
+                bound = 1.25 * (1 - density) / (128 * density)
+                yield Target(f"{what}: extra time of the mean correction ÷ attend", round(bound, 3), extra, most=True)
 
 
 def _steps(result: Record) -> list[Record]:

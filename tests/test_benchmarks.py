@@ -39,10 +39,12 @@ from compactattn import (
     Dense,
     PagedKV,
     PrefillBatch,
+    attend,
     build_table,
     prefill,
     select,
     select_table,
+    summarize,
     unite,
 )
 from compactattn.selection import block_rules
@@ -163,6 +165,16 @@ def test_gate_sees_a_table_that_lacks_a_block(step: Step) -> None:
     assert not whole.check(baselines.dense_cpu(step)().roll(0) * 1.001).passed
     difference = (sparse.exact - whole.exact).abs().amax((1, 3))
     assert bool((difference > sparse.allowed).any())
+
+
+def test_gate_sees_a_correction_that_is_missing(step: Step) -> None:
+    table, rows = finest(step), gate.sample_rows(step.batch)
+    given = (table, step.q, step.kv, step.batch, rows)
+    tokens, means = gate.table_tokens(*given), gate.left_out_means(*given)
+    exact = gate.reference_rows(step.q, step.kv, step.batch, rows, tokens, means=means)
+    summary = summarize(step.kv, step.batch, block_size=SELECTOR.block_size, values=True)
+    assert exact.check(attend(step.q, step.kv, step.batch, table, correction=summary)).passed
+    assert not exact.check(attend(step.q, step.kv, step.batch, table)).passed
 
 
 def test_gate_compares_tables_and_masks_exactly(step: Step) -> None:

@@ -188,7 +188,8 @@ def _consume(
             q_slot = number % 2
             mbarrier.wait(q_ready.index(q_slot), (number // 2) & 1)
             queries = q_smem.index(q_slot).slice(MEMBER * QUERY_BLOCK, QUERY_BLOCK).permute((1, 0))
-            for tile in range(first + (TURN - done) % TURNS, scored, TURNS):
+            ahead = (TURN + TURNS - done % TURNS) % TURNS  # no remainder of a negative number: C's is negative
+            for tile in range(first + ahead, scored, TURNS):
                 use = done + tile - first
                 stage = use % STAGES
                 mbarrier.wait(ready.index(stage), (use // STAGES) & 1)
