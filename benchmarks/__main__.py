@@ -1,9 +1,10 @@
-"""`python -m benchmarks latency`, `fidelity` and `ruler` measure; `python -m benchmarks report RESULT.json` turns a
-result into words; `python -m benchmarks sources` prints the hash that ties a result to the sources it came from."""
+"""`python -m benchmarks latency`, `ttft`, `fidelity` and `ruler` measure; `python -m benchmarks report RESULT.json`
+turns a result into words; `python -m benchmarks sources` prints the hash that ties a result to its sources."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import sys
@@ -34,14 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latency.add_argument("--warm", action="store_true", help="do not evict the L2 before each run")
     latency.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     latency.set_defaults(run=_latency)
+    _add_ttft(commands)
     _add_fidelity(commands)
     _add_ruler(commands)
     report = commands.add_parser("report", help="Markdown tables and figures from a result alone")
-    report.add_argument("result", type=Path, help="a JSON file that `latency`, `fidelity` or `ruler` wrote")
+    report.add_argument("result", type=Path, help="a JSON file that `latency`, `ttft`, `fidelity` or `ruler` wrote")
     report.add_argument("--out", type=Path, help="directory for the .md and .png files (default: beside the result)")
     report.set_defaults(run=_report)
     sources = commands.add_parser("sources", help="the hash of this checkout's sources, as results record it")
-    sources.add_argument("--of", choices=("latency", "fidelity"), default="latency", help="default: %(default)s")
+    kinds = ("latency", "ttft", "fidelity")
+    sources.add_argument("--of", choices=kinds, default="latency", help="default: %(default)s")
     sources.set_defaults(run=_sources)
     parsed = parser.parse_args(arguments)
     try:
@@ -59,8 +62,7 @@ def _latency(parsed: argparse.Namespace) -> int:
         print("\n".join(case.name for case in matching(preset(parsed.preset).cases, parsed.cases, parsed.only)))
         return 0
     if parsed.tracebacks:
-        logging.basicConfig()
-        logging.getLogger("benchmarks").setLevel(logging.DEBUG)
+        _show_tracebacks()
     return latency.run(
         latency.Options(
             preset=parsed.preset,
@@ -77,6 +79,43 @@ def _latency(parsed: argparse.Namespace) -> int:
             warm=parsed.warm,
         )
     )
+
+
+def _add_ttft(commands: Any) -> None:
+    ttft = commands.add_parser("ttft", help="time whole models of transformers, chunk by chunk, dense and sparse")
+    ttft.add_argument("--preset", default="cpu", help="h200 or cpu (default)")
+    ttft.add_argument("--out", type=Path, default=RESULTS, help="directory for ttft-PRESET.json")
+    ttft.add_argument("--only", help="comma-separated parts of case names, or shell patterns")
+    ttft.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
+    ttft.add_argument("--commit", help="what to record as the commit on a machine without git")
+    ttft.add_argument("--budget-seconds", type=float, help="start no new case after so long")
+    ttft.add_argument("--timing-seconds", type=float, help="time to spend on the timed loop of one chunk")
+    ttft.add_argument("--device", choices=("cuda", "cpu"), help="instead of the preset's device")
+    ttft.add_argument("--shrink", type=int, default=1, help="divide contexts, and take small models (to try the code)")
+    ttft.add_argument("--tracebacks", action="store_true", help="print them for whatever did not run")
+    ttft.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default 1)")
+    ttft.add_argument("--list", action="store_true", help="print the cases and the memory that each needs, and stop")
+    ttft.set_defaults(run=_ttft)
+
+
+def _ttft(parsed: argparse.Namespace) -> int:
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("ttft: expected transformers (pip install 'compactattn[hf]'), got none")
+    from benchmarks.ttft import run
+
+    names = ("preset", "out", "only", "resume", "commit", "budget_seconds", "timing_seconds", "device", "shrink")
+    options = run.Options(**{name: getattr(parsed, name) for name in (*names, "threads")})
+    if parsed.list:
+        print(run.listing(options))
+        return 0
+    if parsed.tracebacks:
+        _show_tracebacks()
+    return run.run(options)
+
+
+def _show_tracebacks() -> None:
+    logging.basicConfig()
+    logging.getLogger("benchmarks").setLevel(logging.DEBUG)
 
 
 def _add_fidelity(commands: Any) -> None:
@@ -146,7 +185,9 @@ def _ruler(parsed: argparse.Namespace) -> int:
 
 def _report(parsed: argparse.Namespace) -> int:
     kind = _kind_of(parsed.result)
-    if kind == "fidelity":
+    if kind == "ttft":
+        from benchmarks.ttft.report import write_report
+    elif kind == "fidelity":
         from benchmarks.fidelity.report import write_report
     elif kind == "ruler":
         from benchmarks.ruler_report import write_report
@@ -168,9 +209,10 @@ def _kind_of(path: Path) -> str | None:
 
 
 def _sources(parsed: argparse.Namespace) -> int:
-    from benchmarks.machine import FIDELITY_SOURCES, LATENCY_SOURCES, sources
+    from benchmarks.machine import FIDELITY_SOURCES, LATENCY_SOURCES, TTFT_SOURCES, sources
 
-    print(sources(patterns=FIDELITY_SOURCES if parsed.of == "fidelity" else LATENCY_SOURCES))
+    patterns = {"latency": LATENCY_SOURCES, "ttft": TTFT_SOURCES, "fidelity": FIDELITY_SOURCES}
+    print(sources(patterns=patterns[parsed.of]))
     return 0
 
 

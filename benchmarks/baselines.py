@@ -32,7 +32,7 @@ def dense_cudnn(step: Step) -> Callable[[], Tensor]:
     """cuDNN's fused attention, past and current chunk apart, merged by log-sum-exp."""
     if step.q.device.type != "cuda":
         raise CannotRunError("cuDNN needs a CUDA device")
-    return _split(step, _cudnn)
+    return _split(step, fused_cudnn)
 
 
 def dense_cpu(step: Step) -> Callable[[], Tensor]:
@@ -48,14 +48,16 @@ def dense_flash(step: Step) -> Callable[[], Tensor]:
         raise CannotRunError("PyTorch's FlashAttention-2 needs a CUDA device")
     q, k, v = _by_head(step, 0, step.context)
 
-    def run() -> Tensor:
-        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)[0]
-        return packed(out)
-
-    return run
+    return lambda: flash_attention(q, k, v)
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bottom-right causal attention of q [B, Hq, n, D] over k and v [B, Hkv, L, D] in one call; gives [B·n, Hq, D]."""
+    return packed(torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)[0])
+
+
+def fused_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention and its log-sum-exp: q [B, Hq, n, D], k and v [B, Hkv, L, D], any strides."""
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)[:2]
     return out, lse.reshape(q.shape[:3])
 
@@ -82,22 +84,25 @@ def _by_head(step: Step, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _split(step: Step, attention: Attention) -> Callable[[], Tensor]:
-    """Past without a mask, current chunk causal, merged."""
-    q, k, v = _by_head(step, step.past, step.context)
-    _, past_k, past_v = _by_head(step, 0, step.past)
+    q, k, v = _by_head(step, 0, step.context)
+    return lambda: split_attention(q, k, v, attention)
+
+
+def split_attention(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    """Bottom-right causal attention of q [B, Hq, n, D] over k and v [B, Hkv, L, D]; gives [B·n, Hq, D].
+
+    Past without a mask, current chunk causal, merged.
+    """
+    past = k.shape[2] - q.shape[2]
+    current, current_lse = attention(q, k[:, :, past:], v[:, :, past:], True)
+    if past == 0:
+        return packed(current)
+    before, before_lse = attention(q, k[:, :, :past], v[:, :, :past], False)
     if q.device.type == "cuda":
         from benchmarks.merge import merge_triton as merge
     else:
         merge = merge_plain
-
-    def run() -> Tensor:
-        current, current_lse = attention(q, k, v, True)
-        if step.past == 0:
-            return packed(current)
-        past, past_lse = attention(q, past_k, past_v, False)
-        return merge(past, past_lse, current, current_lse)
-
-    return run
+    return merge(before, before_lse, current, current_lse)
 
 
 def merge_plain(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ what it has, and `--resume` goes on from there.
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from benchmarks.cases import Case, Preset, matching, preset
 from benchmarks.contestants import Field, step_field, tables_field
 from benchmarks.host import measured_host
 from benchmarks.layouts import layouts_field
-from benchmarks.machine import ceilings, environment
+from benchmarks.machine import LATENCY_SOURCES, ceilings, environment
 from benchmarks.measure import failed, measure, rows_of
 from benchmarks.prompts import measured_prompt
 from benchmarks.scaling import scaling_field
@@ -106,14 +107,42 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def _measured(options: Options, chosen: Preset, device: str, listed: Sequence[Case]) -> tuple[dict[str, Any], Path]:
-    """Measure the cases one after the other, and rewrite the JSON after each."""
+    """The result with all cases of the list, and where it is."""
     budget = chosen.budget_seconds if options.budget_seconds is None else options.budget_seconds
     started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"latency-{options.preset}.json"
-    result, kept = _opened(options, chosen, device, path)
+    head = {"schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL, "notes": chosen.notes}
+    result = opened(path, head, device, options.commit, resume=options.resume)
+
+    def measured(case: Case) -> dict[str, Any]:
+        return measured_case(case, chosen, device, cold=not options.warm)
+
+    run_cases([shrunk(case, options.shrink) for case in listed], measured, result, path, budget, started)
+    return result, path
+
+
+def run_cases(
+    cases: Sequence[Case],
+    measured: Callable[[Case], dict[str, Any]],
+    result: dict[str, Any],
+    path: Path,
+    budget: float,
+    started: float,
+) -> None:
+    """Measure the cases that the result does not have, one after the other, and rewrite the JSON after each.
+
+    Args:
+        cases: in order.
+        measured: gives the record of a case: its name, the case, a status and what was measured.
+        result: of `opened`; it gets the records.
+        path: where to write it.
+        budget: no case starts later than so many seconds after `started`.
+        started: on the clock of `time.perf_counter`.
+    """
     records, current = result["cases"], result["runs"][-1]
-    for case in (shrunk(case, options.shrink) for case in listed):
+    kept = {record["name"] for record in records}
+    for case in cases:
         if case.name in kept:
             continue
         elapsed = time.perf_counter() - started
@@ -121,27 +150,48 @@ def _measured(options: Options, chosen: Preset, device: str, listed: Sequence[Ca
             reason = f"the budget of {budget:.0f} s was spent"
             records.append({"name": case.name, "case": asdict(case), "status": "not run", "reason": reason})
         else:
-            records.append(measured_case(case, chosen, device, cold=not options.warm))
+            records.append(measured(case))
             records[-1]["seconds"] = round(time.perf_counter() - started - elapsed, 2)
             print(_progress(records[-1], elapsed), flush=True)
             gc.collect()
-            if device == "cuda":
+            if current["environment"]["gpu"] is not None:
                 torch.cuda.empty_cache()
         records[-1]["run"] = len(result["runs"]) - 1
         current["seconds"] = round(time.perf_counter() - started, 1)
         write_json(path, result)
-    return result, path
 
 
-def _opened(options: Options, chosen: Preset, device: str, path: Path) -> tuple[dict[str, Any], set[str]]:
-    """The result to add to, and the names of the cases that it keeps: all sound ones when resuming, else none."""
-    here = environment(device, options.commit)
-    result: dict[str, Any] = {"schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL, "notes": chosen.notes}
-    result |= {"runs": [], "cases": []}
-    if options.resume and path.exists():
+def opened(
+    path: Path,
+    head: dict[str, Any],
+    device: str,
+    commit: str | None,
+    *,
+    resume: bool,
+    patterns: Sequence[str] = LATENCY_SOURCES,
+    packages: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The result to add to, with a new run in it: empty, or when resuming with all sound cases of the one in `path`.
+
+    Args:
+        path: where the result is, or will be.
+        head: what a result says of itself first: its kind (if it has one), schema, preset, protocol and notes.
+        device, commit, patterns: see `machine.environment`.
+        resume: keep what is there.
+        packages: whose versions matter too, beside those of torch and the library.
+
+    Raises:
+        ValueError: what is there comes from other sources, another card or other versions, or is another kind of
+            result.
+    """
+    here = environment(device, commit, patterns)
+    here |= {name: importlib.metadata.version(name) for name in packages}
+    result: dict[str, Any] = {**head, "runs": [], "cases": []}
+    if resume and path.exists():
         before = json.loads(path.read_text())
-        where = before["runs"][-1]["environment"] if before.get("schema") == SCHEMA else {}
-        for name in ("sources", "gpu", "torch"):
+        same = all(before.get(name) == head.get(name) for name in ("kind", "schema"))
+        where = before["runs"][-1]["environment"] if same else {}
+        for name in ("sources", "gpu", "torch", *packages):
             if where.get(name) != here[name]:
                 got = f"{path} of {name} {where.get(name)!r}"
                 raise ValueError(f"--resume: expected a result of {name} {here[name]!r}, got {got}")
@@ -150,7 +200,7 @@ def _opened(options: Options, chosen: Preset, device: str, path: Path) -> tuple[
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     top = ceilings() if device == "cuda" else {}
     result["runs"].append({"started": started, "environment": here, "ceilings": top, "seconds": 0.0})
-    return result, {record["name"] for record in result["cases"]}
+    return result
 
 
 def shrunk(case: Case, factor: int) -> Case:

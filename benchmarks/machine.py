@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = 8192  # of the product that stands for the matrix units
 LONG = 2 * SIZE
 LATENCY_SOURCES = ("compactattn/**/*.py", "benchmarks/*.py")
+TTFT_SOURCES = (*LATENCY_SOURCES, "benchmarks/ttft/*.py")
 FIDELITY_SOURCES = ("compactattn/**/*.py", "benchmarks/fidelity/*.py", "benchmarks/testbed/*.py")
 SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 

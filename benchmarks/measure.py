@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -12,11 +13,32 @@ from benchmarks.contestants import Contestant, Field
 from benchmarks.gate import Verdict
 from benchmarks.timing import ColdCache, capture, host_time, interleaved_cpu, interleaved_cuda, poison
 
-LEAST_RUNS = 7
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often everything is timed in turn on a GPU.
+
+    Attributes:
+        least, warm_ups: see `timing.interleaved_cuda`.
+        plain: time plain calls beside graph replays. Without, a call is timed plainly only if it was not captured.
+        alike: if one call was not captured, time all of them plainly, so that all have a mode in common.
+        host: time the host's part of the calls that ask for it.
+    """
+
+    least: int = 7
+    warm_ups: int = 2
+    plain: bool = True
+    alike: bool = False
+    host: bool = True
+
+
+FULL = Rounds()
+#: For series of many cases.
+BRIEF = Rounds(least=5, warm_ups=1, plain=False, host=False)
 
 
 def measure(
-    lineup: Field, seconds: float, device: str, *, cold: bool = False, brief: bool = False
+    lineup: Field, seconds: float, device: str, *, cold: bool = False, rounds: Rounds = FULL
 ) -> tuple[list[dict[str, object]], dict[str, str]]:
     """JSON rows of all contestants, and reasons for what did not run.
 
@@ -25,7 +47,7 @@ def measure(
         seconds: for the timed loop.
         device: "cuda" or "cpu".
         cold: evict the L2 before each run.
-        brief: on a GPU, time the graph replays alone and fewer times, for series of many cases.
+        rounds: what is timed on a GPU, and how often.
     """
     absent, rows, ready, replays = dict(lineup.absent), [], {}, {}
     for contestant in lineup.contestants:
@@ -41,8 +63,9 @@ def measure(
         ready[contestant.name] = contestant
         if device == "cuda":
             row["graph"] = _captured(contestant, replays, absent)
-    times = _times(ready, replays, seconds, device, cold=cold, brief=brief)
-    hosts = {name: host_time(one.run) for name, one in ready.items() if one.host and device == "cuda" and not brief}
+    times = _times(ready, replays, seconds, device, cold=cold, rounds=rounds)
+    asked = {name: one for name, one in ready.items() if one.host and rounds.host and device == "cuda"}
+    hosts = {name: host_time(one.run) for name, one in asked.items()}
     for row in rows:
         row["times"] = {mode: timing.as_json() for (name, mode), timing in times.items() if name == row["name"]}
         if row["name"] in hosts:
@@ -58,17 +81,15 @@ def _times(
     device: str,
     *,
     cold: bool,
-    brief: bool,
+    rounds: Rounds,
 ) -> dict:
     plain = {name: contestant.run for name, contestant in ready.items()}
     if device != "cuda":
         return interleaved_cpu(plain, seconds)
-    if brief:
+    if not rounds.plain and not (rounds.alike and len(replays) < len(plain)):
         plain = {name: run for name, run in plain.items() if name not in replays}
     flush = ColdCache(torch.device(device), needed=cold)
-    return interleaved_cuda(
-        replays, plain, seconds, cold=flush, least=5 if brief else LEAST_RUNS, warm_ups=1 if brief else 2
-    )
+    return interleaved_cuda(replays, plain, seconds, cold=flush, least=rounds.least, warm_ups=rounds.warm_ups)
 
 
 def gated(contestant: Contestant) -> Verdict | str:

@@ -14,7 +14,7 @@ import torch
 from benchmarks import gate
 from benchmarks.cases import Case
 from benchmarks.contestants import step_field
-from benchmarks.measure import measure
+from benchmarks.measure import BRIEF, measure
 from benchmarks.workloads import (
     BLOCK,
     PUBLISHED_DENSITY,
@@ -101,10 +101,10 @@ def measured_prompt(case: Case, seconds: float, device: str, cold: bool) -> dict
         lineup = step_field(replace(case, peers=False), step, stages=False)
         if n in chosen[::SELECTION_CHECKED]:
             _check_selection(step)
-        rows, missing = measure(lineup, seconds, device, cold=cold, brief=True)
+        rows, missing = measure(lineup, seconds, device, cold=cold, rounds=BRIEF)
         absent |= missing
         density = {name: asdict(one) for name, one in lineup.measured.items()}
-        chunks.append({"context": step.context, "stands_for": stands_for, "rows": _brief(rows), "density": density})
+        chunks.append({"context": step.context, "stands_for": stands_for, "rows": brief_rows(rows), "density": density})
         for name, one in lineup.measured.items():
             total[name] = total.get(name, Density()) + one
         del step, lineup
@@ -129,6 +129,6 @@ def _check_selection(step: Step) -> None:
         raise RuntimeError(f"red gate at context {step.context}: {verdict}")
 
 
-def _brief(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+def brief_rows(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     """Rows without what is the same in every chunk."""
     return [{key: value for key, value in row.items() if key not in ("note", "bytes", "cold_l2")} for row in rows]

@@ -23,7 +23,7 @@ def load(path: Path) -> Record:
         ValueError: not a result of `python -m benchmarks latency`.
     """
     result = read(path, "latency")
-    if result.get("schema") not in (1, 2) or "cases" not in result:
+    if result.get("kind") is not None or result.get("schema") not in (1, 2) or "cases" not in result:
         raise ValueError(f"{path}: expected a latency result of schema 1 or 2, got something else")
     if result["schema"] == 1:  # one run, written at the top
         names = ("started", "environment", "ceilings", "seconds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import (
@@ -17,6 +18,9 @@ from benchmarks import (
 )
 from benchmarks.measure import rows_of
 from benchmarks.records import Record, environment_of, kernels_of, load
+
+#: Lines of Markdown from a result; none where it has nothing to say.
+Section = Callable[[Record], list[str]]
 
 SECTIONS = (
     ("Targets", report_targets.section),
@@ -51,19 +55,25 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
 
 def markdown(result: Record, pictures: list[str]) -> str:
     """The whole report; `pictures` are the figures' file names."""
+    return written("Latency", result, SECTIONS, pictures)
+
+
+def written(title: str, result: Record, sections: Iterable[tuple[str, Section]], pictures: Iterable[str]) -> str:
+    """A report: where and how it was measured, pictures, the sections that are not empty, and what every report ends
+    with: kernels, and what is red or missing."""
     where = environment_of(result)
     known = ", ".join(f"{name} {value}" for name, value in where.items() if name != "gpu" and value is not None)
-    lines = [f"# Latency, preset {result['preset']}", "", f"{where['gpu'] or 'CPU'}; {known}", ""]
+    lines = [f"# {title}, preset {result['preset']}", "", f"{where['gpu'] or 'CPU'}; {known}", ""]
     lines += [*_machine_section(result), *(f"- {line}" for line in [*result["protocol"], *result["notes"]]), ""]
     lines += [f"![{name}]({name})\n" for name in pictures]
-    for title, section in (
-        *SECTIONS,
+    for heading, section in (
+        *sections,
         ("Kernels", _kernels_section),
         ("Red gates, failures, absences", _absent_section),
     ):
         body = section(result)
         if body:
-            lines += [f"## {title}", "", *body, ""]
+            lines += [f"## {heading}", "", *body, ""]
     return "\n".join(lines)
 
 
@@ -96,6 +106,7 @@ def _kernels_section(result: Record) -> list[str]:
 
 
 def _absent_section(result: Record) -> list[str]:
+    """Red gates, failed cases, and baselines that did not run, with their reasons."""
     lines: dict[str, list[str]] = {}
     for record in result["cases"]:
         if record["status"] != "ok":

@@ -16,7 +16,7 @@ class Prompt:
     """Chunks that make up prompts of several lengths.
 
     Attributes:
-        name: shape, workload and correlation, for a reader.
+        name: model (if it is one that was measured), shape, workload and correlation, for a reader.
         shape: of one step, as in the result.
         chunk: tokens per chunk.
         chunks: measured chunks, ascending by context.
@@ -42,12 +42,14 @@ def prompts(result: Record) -> list[Prompt]:
     series: dict[tuple, list[Record]] = {}
     for record in of_kind(result, "prompt"):
         case = record["case"]
-        key = (shape_name(record), case["chunk"], case["workload"], case["correlation"], case["page_size"])
+        part = record.get("model", {}).get("part", "")
+        key = (part, shape_name(record), case["chunk"], case["workload"], case["correlation"], case["page_size"])
         series.setdefault(key, []).append(record)
     found = []
-    for (shape, chunk, workload, correlation, _), records in series.items():
+    for (part, shape, chunk, workload, correlation, _), records in series.items():
         chunks = sorted((one for record in records for one in record["chunks"]), key=lambda one: one["context"])
-        whole = Prompt(f"{shape}, {workload} c={correlation:g}", records[0]["case"]["shape"], chunk, chunks, [])
+        name = ", ".join(word for word in (part, shape, f"{workload} c={correlation:g}") if word)
+        whole = Prompt(name, records[0]["case"]["shape"], chunk, chunks, [])
         ends = sorted({record["case"]["context"] for record in records})
         covered = [end for end in ends if _covers(whole.within(end), end, chunk)]
         found.append(Prompt(whole.name, whole.shape, chunk, chunks, covered))
@@ -62,17 +64,17 @@ def row_names(chunks: list[Record]) -> list[str]:
     return list(dict.fromkeys(row["name"] for chunk in chunks for row in chunk["rows"]))
 
 
-def time_of(chunk: Record, name: str, at: str = "p50_ms") -> float:
-    """Milliseconds of one row of a chunk; NaN where it is missing, red or untimed."""
+def time_of(chunk: Record, name: str, at: str = "p50_ms", mode: str | None = None) -> float:
+    """Milliseconds of one row of a chunk; NaN where it is missing, red or untimed. `mode`: see `milliseconds`."""
     for row in chunk["rows"]:
         if row["name"] == name and row["gate"]["passed"] and row.get("times"):
-            return milliseconds(row, at=at)
+            return milliseconds(row, mode, at)
     return math.nan
 
 
-def total(chunks: list[Record], name: str, at: str = "p50_ms") -> float:
+def total(chunks: list[Record], name: str, at: str = "p50_ms", mode: str | None = None) -> float:
     """Milliseconds of a prompt: every measured chunk as often as it stands for others. One red gate makes it NaN."""
-    return sum(time_of(chunk, name, at) * chunk["stands_for"] for chunk in chunks)
+    return sum(time_of(chunk, name, at, mode) * chunk["stands_for"] for chunk in chunks)
 
 
 def dense_name(chunks: list[Record]) -> str:

@@ -94,6 +94,9 @@ def poison(result: object) -> None:
         result.mask.logical_not_()
     elif isinstance(result, GroupMask):
         result.keep.logical_not_()
+    elif isinstance(result, tuple):
+        for part in result:
+            poison(part)
 
 
 def poison_free_memory(like: Tensor) -> None:
