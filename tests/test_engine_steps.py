@@ -15,6 +15,7 @@ from compactattn import (
     Dense,
     FlashPrefill,
     KVSummary,
+    Oracle,
     PagedKV,
     Selector,
     XAttention,
@@ -148,6 +149,7 @@ TRACES = {
     "flashprefill": EngineSettings(FLASH, {}),
     "shared tables": EngineSettings(replace(FLASH, sink_blocks=0), {}, 2, None),
     "xattention": EngineSettings(XAttention(0.5, **SIZES), {}),
+    "oracle": EngineSettings(Oracle(mass=0.5, **SIZES), {}),
     "correction": EngineSettings(FLASH, {}, correction=True),
     "dense": EngineSettings(Dense(**SIZES), {}),
 }
@@ -160,6 +162,7 @@ TRACES = {
         ("flashprefill", 64, "HND", 3, 10),
         ("shared tables", 32, "HND", 2, 55),
         ("xattention", 32, "NHD", 0, 55),
+        ("oracle", 64, "HND", 0, 55),
         ("correction", 64, "NHD", 0, 52),
         ("dense", 64, "NHD", 2, 52),
     ],
