@@ -1,9 +1,10 @@
 """Settings of a model in a file: which selector each layer has, and how its block tables are shared.
 
 A small JSON of plain data, which any engine can read; `compactattn tune` writes it, and `load_settings` gives what
-`compactattn.integrations.transformers.enable` takes:
+`compactattn.integrations.transformers.enable` takes. vLLM's plugin reads it by its path:
 
     enable(**load_settings("settings.json"))
+    vllm serve MODEL … --additional-config '{"compactattn": {"settings": "settings.json"}}'
 
     {
       "format": "compactattn settings",
@@ -37,6 +38,7 @@ from compactattn.validation import Auto, check_heads_per_group, check_int, check
 
 FORMAT = "compactattn settings"
 VERSION = 1
+FILE_LIMIT = 1 << 20  # bytes of a settings file
 _FIELDS = ("format", "version", "origin", "heads_per_group", "query_blocks_per_span", "layers")
 _SELECTORS: dict[str, type] = {kind.__name__: kind for kind in (FlashPrefill, XAttention, Oracle, Dense)}
 
@@ -81,8 +83,10 @@ def save_settings(path: str | os.PathLike[str], settings: Settings, *, origin: s
         "layers": layers,
     }
     _parse(content)
+    text = json.dumps(content, indent=2, allow_nan=False).encode("ascii") + b"\n"
+    _check_length(text)
     with replacing(path) as file:
-        file.write(json.dumps(content, indent=2, allow_nan=False).encode("ascii") + b"\n")
+        file.write(text)
 
 
 def load_settings(path: str | os.PathLike[str]) -> Settings:
@@ -97,13 +101,21 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     if not file.exists():
         raise FileNotFoundError(f"{file}: expected a settings file, got no file at all")
     try:
-        return _parse(json.loads(file.read_bytes(), object_pairs_hook=_once, parse_constant=_no_constant))
+        with file.open("rb") as opened:
+            text = opened.read(FILE_LIMIT + 1)
+        _check_length(text)
+        return _parse(json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant))
     except OSError as error:
         raise ValueError(f"{file}: expected a settings file, got: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON, got: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _check_length(text: bytes) -> None:
+    if len(text) > FILE_LIMIT:
+        raise fail("settings", f"at most {FILE_LIMIT} bytes", "more")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from compactattn import Dense, FlashPrefill, cli
 from compactattn.capture import Capture, load_capture, save_capture
 from compactattn.cli import capture as command
 from compactattn.cli.values import number_words, numbers, size, size_words
+from compactattn.integrations.engine_settings import parse_settings
 from compactattn.integrations.transformers import attention, enable, recording
 from compactattn.settings import load_settings
 from tests.test_cli import assert_one_line
@@ -91,6 +92,9 @@ def test_from_a_model_and_a_text_to_a_model_on_tuned_settings(
     settings = load_settings(tuned)
     assert list(settings["selector"]) == [0, 1]
     assert (settings["heads_per_group"], settings["query_blocks_per_span"]) == (1, 1)
+    plugin = parse_settings({"settings": str(tuned)}, "the settings of vLLM's plugin")
+    assert plugin.layers == settings["selector"]
+    assert (plugin.heads_per_group, plugin.query_blocks_per_span) == (1, 1)
 
     used = []
 

@@ -15,6 +15,7 @@ from compactattn import (
     Dense,
     FlashPrefill,
     KVSummary,
+    Oracle,
     PagedKV,
     Selector,
     XAttention,
@@ -148,6 +149,7 @@ TRACES = {
     "flashprefill": EngineSettings(FLASH, {}),
     "shared tables": EngineSettings(replace(FLASH, sink_blocks=0), {}, 2, None),
     "xattention": EngineSettings(XAttention(0.5, **SIZES), {}),
+    "oracle": EngineSettings(Oracle(mass=0.5, **SIZES), {}),
     "correction": EngineSettings(FLASH, {}, correction=True),
     "dense": EngineSettings(Dense(**SIZES), {}),
 }
@@ -160,6 +162,7 @@ TRACES = {
         ("flashprefill", 64, "HND", 3, 10),
         ("shared tables", 32, "HND", 2, 55),
         ("xattention", 32, "NHD", 0, 55),
+        ("oracle", 64, "HND", 0, 55),
         ("correction", 64, "NHD", 0, 52),
         ("dense", 64, "NHD", 2, 52),
     ],
@@ -204,7 +207,7 @@ def assert_tables_of_its_own(exact: Tokens, selector: Selector, settings: Engine
     truth = softmax_attention(exact, table, torch.float64, DIM**-0.5)[0]
     order = torch.Generator().manual_seed(0)  # the largest error of a few rows is a matter of luck: try more orders
     times = 1 + min(64, 192 // len(out))
-    plain = [softmax_attention(exact, table, torch.float32, DIM**-0.5, order)[0] for _ in range(times)]
+    plain = [softmax_attention(exact, table, torch.float32, DIM**-0.5, order=order)[0] for _ in range(times)]
     assert_as_close(out, plain, truth, str(exact.geometry))
     return int(every.counts.sum() - table.counts.sum())
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compactattn import Dense, FlashPrefill, Oracle, SeerGate, XAttention
-from compactattn.settings import Settings, load_settings, save_settings
+from compactattn.settings import FILE_LIMIT, Settings, load_settings, save_settings
 
 SAVED = Settings(
     selector={
@@ -113,8 +113,9 @@ def test_bad_files_are_refused(tmp_path: Path, case: str) -> None:
         ('{"version": NaN}', "numbers: expected finite ones, got NaN"),
         ("[" * 100_000, "expected JSON, got: "),
         (b"\xff\xfe{", "expected JSON, got: "),
+        (" " * (FILE_LIMIT + 1), f"settings: expected at most {FILE_LIMIT} bytes, got more"),
     ],
-    ids=["empty", "cut off", "twice", "nan", "too deep", "bytes"],
+    ids=["empty", "cut off", "twice", "nan", "too deep", "bytes", "too long"],
 )
 def test_files_that_are_no_json_are_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "a"
@@ -144,4 +145,6 @@ def test_settings_that_could_not_be_read_back_are_not_written(tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             save_settings(tmp_path / "a", spoiled)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"settings: expected at most {FILE_LIMIT} bytes, got more"):
+        save_settings(tmp_path / "a", SAVED, origin="x" * FILE_LIMIT)
     assert list(tmp_path.iterdir()) == []

@@ -3,25 +3,26 @@
 An engine hands over one JSON object, such as
 
     {"alpha": 0.18, "dense_layers": 2, "dense_keys": 8192}
-    {"settings": "/path/to/settings.json"}
+    {"settings": "/path/to/settings.json", "dense_keys": 8192}
 
-`SETTINGS` lists what it may hold. `settings` names a file with an object of the same kind; what stands beside it
-overrides the file. `layers` maps layer numbers to parameters of their own, {"3": {"alpha": 0.12}, "4": {"selector":
-"dense"}}; each starts from the common values, and layers that it leaves out are dense. Every error is a ValueError
-that names the setting, what was expected and what came.
+`SETTINGS` lists what it may hold. Without `settings`, every layer has the one selector that the object describes. With
+it, each layer has the selector of the file, as `compactattn.settings` reads it and `compactattn tune` writes it: layers
+that are not in the file are dense, the file's groups hold, and so does every field of its selectors, `dense_keys` too.
+What is said of the whole model beside it (`OF_THE_MODEL`) counts more than the file; a selector and its parameters
+beside it are refused, because the file has those for each layer. Every error is a ValueError that names the setting,
+what was expected and what came.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from compactattn.selectors import Dense, FlashPrefill, Selector, XAttention
+from compactattn.settings import load_settings
 from compactattn.validation import (
     DTYPES,
     HEAD_DIMS,
@@ -33,29 +34,31 @@ from compactattn.validation import (
     fail,
 )
 
-#: selectors by the names that the command line has for them; the others need more than an engine hands over
+#: selectors by the names that the command line has for them
 SELECTORS: dict[str, type[FlashPrefill | XAttention | Dense]] = {
     "flashprefill": FlashPrefill,
     "xattention": XAttention,
     "dense": Dense,
 }
-#: a selector's own parameters, which a layer may have to itself
-OWN = ("alpha", "threshold", "stride", "sink_blocks", "window_blocks")
-#: a selector's parameters that all layers share, so that one plan of a step serves them all
-SHARED = ("block_size", "query_block", "dense_queries", "dense_keys")
-SETTINGS = (
+#: what a selector is, and how it sees the cache: in a settings file, or for all layers beside none
+OF_THE_SELECTOR = (
     "selector",
-    *OWN,
-    *SHARED,
-    "heads_per_group",
-    "query_blocks_per_span",
-    "dense_layers",
-    "correction",
-    "layers",
-    "settings",
+    "alpha",
+    "threshold",
+    "stride",
+    "sink_blocks",
+    "window_blocks",
+    "block_size",
+    "query_block",
 )
+#: which requests run dense in every layer
+DENSE_REQUESTS = ("dense_keys", "dense_queries")
+#: what holds for the whole model, whatever its selectors are
+OF_THE_MODEL = (*DENSE_REQUESTS, "dense_layers", "heads_per_group", "query_blocks_per_span", "correction")
+SETTINGS = (*OF_THE_SELECTOR, *OF_THE_MODEL, "settings")
+#: fields of selectors that all layers share, so that one plan of a step serves them all
+SHARED = ("block_size", "query_block", *DENSE_REQUESTS)
 DENSE_KEYS = 4096  # a context of at most so many keys runs dense, unless the settings say otherwise
-FILE_LIMIT = 1 << 20  # bytes of a settings file
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class EngineSettings:
         """Refuse layer numbers that the model does not have, and pages that are larger than a KV block."""
         for layer in self.layers:
             if layer >= num_layers:
-                raise fail("layers", f"layer numbers from 0 to {num_layers - 1}", layer)
+                raise fail("layers of the settings file", f"numbers from 0 to {num_layers - 1}", layer)
         if self.dense_layers > num_layers:
             raise fail("dense_layers", f"at most the model's {num_layers} layers", self.dense_layers)
         block_size = self.others.block_size
@@ -125,22 +128,17 @@ def parse_settings(options: object, name: str) -> EngineSettings:
         name: what the user calls it, for errors.
 
     Raises:
-        ValueError: an unknown setting, a value out of range, or a settings file that cannot be used.
+        ValueError: an unknown setting, a value out of range, a settings file that cannot be used, or a setting that has
+            no meaning beside one.
     """
-    chosen = _mapping(options, name, SETTINGS)
-    path = chosen.pop("settings", None)
-    if path is not None:
-        chosen = {**_read(path), **chosen}
-    own = chosen.pop("layers", None)
-    common = {key: chosen.pop(key) for key in ("selector", *OWN, *SHARED) if key in chosen}
-    others = _selector({"dense_keys": DENSE_KEYS, **common}, name)
-    layers = {}
-    if own is not None:
-        layers = _layers(own, common, others)
-        others = _selector({"selector": "dense", **{key: getattr(others, key) for key in SHARED}}, name)
-    settings = EngineSettings(others, layers, **chosen)
-    if settings.heads_per_group != "auto":
-        check_int("heads_per_group", settings.heads_per_group, 1)
+    if not isinstance(options, Mapping):
+        raise fail(name, "a JSON object", type(options).__name__)
+    for key in options:
+        if key not in SETTINGS:
+            raise fail(name, "settings among " + ", ".join(SETTINGS), repr(key))
+    chosen = dict(options)
+    settings = _of_file(chosen, name) if "settings" in chosen else _of_one_selector(chosen, name)
+    check_heads_per_group(settings.heads_per_group)
     check_span(settings.query_blocks_per_span)
     check_int("dense_layers", settings.dense_layers, 0)
     if not isinstance(settings.correction, bool):
@@ -148,46 +146,50 @@ def parse_settings(options: object, name: str) -> EngineSettings:
     return settings
 
 
-def _mapping(value: object, name: str, known: tuple[str, ...]) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise fail(name, "a JSON object", type(value).__name__)
-    for key in value:
-        if key not in known:
-            raise fail(name, "settings among " + ", ".join(known), repr(key))
-    return dict(value)
+def _of_one_selector(chosen: dict[str, Any], name: str) -> EngineSettings:
+    """Every layer has the selector that the settings describe."""
+    own = {key: chosen.pop(key) for key in (*OF_THE_SELECTOR, *DENSE_REQUESTS) if key in chosen}
+    return EngineSettings(_selector({"dense_keys": DENSE_KEYS, **own}, name), {}, **chosen)
 
 
-def _read(path: object) -> dict[str, Any]:
+def _of_file(chosen: dict[str, Any], name: str) -> EngineSettings:
+    """Each layer has the selector of the file; what else is chosen counts more than the file."""
+    path = chosen.pop("settings")
     if not isinstance(path, str):
-        raise fail("settings", "the path of a JSON file", repr(path))
+        raise fail(f"{name}: settings", "the path of a settings file", repr(path))
+    for key in OF_THE_SELECTOR:
+        if key in chosen:
+            raise fail(f"{name}: {key}", "nothing beside settings, whose file has it by layer", repr(chosen[key]))
     try:
-        with Path(path).open("rb") as file:
-            text = file.read(FILE_LIMIT + 1)
-    except OSError as error:
-        raise fail("settings", "the path of a JSON file", f"{path!r}: {error.strerror}") from error
-    if len(text) > FILE_LIMIT:
-        raise fail("settings", f"a file of at most {FILE_LIMIT} bytes", f"{path!r}, which is larger")
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise fail("settings", "a JSON file", f"{path!r}: {error}") from error
-    return _mapping(value, f"settings file {path!r}", tuple(key for key in SETTINGS if key != "settings"))
+        held = load_settings(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: settings: {error}") from error
+    overrides = {key: chosen.pop(key) for key in DENSE_REQUESTS if key in chosen}
+    for key, value in overrides.items():
+        check_int(f"{name}: {key}", value, 0)
+    layers = {number: replace(selector, **overrides) for number, selector in held["selector"].items()}
+    others = _dense_beside(layers, f"{name}: settings: {path}")
+    layers = {number: others if isinstance(selector, Dense) else selector for number, selector in layers.items()}
+    grouping = {key: held[key] for key in ("heads_per_group", "query_blocks_per_span")}
+    return EngineSettings(others, layers, **{**grouping, **chosen})
 
 
-def _layers(own: object, common: dict[str, Any], others: Selector) -> dict[int, Selector]:
-    if not isinstance(own, Mapping) or not own:
-        raise fail("layers", "a JSON object of layer numbers and their parameters", repr(own))
-    shared = {key: getattr(others, key) for key in SHARED}
-    layers: dict[int, Selector] = {}
-    for number, parameters in own.items():
-        if not (isinstance(number, str) and number.isascii() and number.isdigit()):
-            raise fail("layers", "layer numbers as strings of digits", repr(number))
-        where = f"layers[{number}]"
-        given = _mapping(parameters, where, ("selector", *OWN))
-        changed = given.get("selector", common.get("selector")) != common.get("selector")
-        inherited = {} if changed else {key: common[key] for key in ("selector", *OWN) if key in common}
-        layers[int(number)] = _selector({**inherited, **given, **shared}, where)
-    return layers
+def _dense_beside(layers: Mapping[int, Selector], where: str) -> Dense:
+    """Every block, in the sizes that all layers share; a ValueError where they do not, or ask what no engine says.
+
+    A dense layer is the same in all sizes, and takes those of the others.
+    """
+    selecting = {number: its for number, its in layers.items() if not isinstance(its, Dense)}
+    first, model = next(iter((selecting or layers).items()))
+    for number, selector in selecting.items():
+        for key in SHARED:
+            if getattr(selector, key) != getattr(model, key):
+                expected = f"{getattr(model, key)}, as layer {first} has"
+                raise fail(f"{where}: layers.{number}.{key}", expected, getattr(selector, key))
+        if selector.dense_last_blocks:
+            expected = "0 (an engine's steps do not say how long a prompt is)"
+            raise fail(f"{where}: layers.{number}.dense_last_blocks", expected, selector.dense_last_blocks)
+    return Dense(**{key: getattr(model, key) for key in SHARED})
 
 
 def _selector(parameters: dict[str, Any], name: str) -> Selector:
@@ -208,13 +210,14 @@ def _selector(parameters: dict[str, Any], name: str) -> Selector:
 
 # ---- what a plugin refuses ----
 
-#: what a layer may ask of its attention, with what is expected of it: the one place where models are refused by name
+#: what a layer may ask of its attention, with what is expected of it: the one place where models are refused by name.
+#: `attend` has windows, soft caps and sinks; these plugins do not hand them on.
 REFUSED = {
-    "alibi_slopes": "none (no ALiBi position biases)",
-    "sliding_window": "none (no sliding-window layers; give those another backend)",
-    "logits_soft_cap": "none (no soft-capped scores)",
-    "sinks": "none (no attention sinks)",
-    "kv_sharing_target_layer_name": "none (no layers that share another layer's KV cache)",
+    "alibi_slopes": "none (compactattn has no ALiBi position biases)",
+    "sliding_window": "none (this plugin runs no sliding-window layers; give those another backend)",
+    "logits_soft_cap": "none (this plugin runs no layers with soft-capped scores)",
+    "sinks": "none (this plugin runs no layers with attention sinks)",
+    "kv_sharing_target_layer_name": "none (this plugin runs no layers that share another layer's KV cache)",
 }
 
 
@@ -228,7 +231,7 @@ def check_layer(
     settings: EngineSettings,
     others: Mapping[str, object],
 ) -> None:
-    """Refuse, by name, a layer that cannot run here.
+    """Refuse, by name, a layer that a plugin does not run.
 
     Args:
         heads, kv_heads: of this rank.
@@ -252,7 +255,7 @@ def check_layer(
     if head_size not in HEAD_DIMS:
         raise fail("head size", "one of " + ", ".join(map(str, HEAD_DIMS)), head_size)
     if cache_dtype not in ("auto", "float16", "bfloat16"):
-        raise fail("KV cache dtype", "auto, float16 or bfloat16", cache_dtype)
+        raise fail("KV cache dtype", "auto, float16 or bfloat16 (this plugin runs no quantised caches)", cache_dtype)
     if heads % kv_heads or heads // kv_heads > MAX_HEADS_PER_KV_HEAD:
         expected = f"a multiple of the {kv_heads} KV heads, at most {MAX_HEADS_PER_KV_HEAD} for each"
         raise fail("query heads of a rank", expected, heads)
@@ -260,7 +263,7 @@ def check_layer(
 
 
 def check_dtypes(q: torch.dtype, cache: torch.dtype) -> None:
-    """Refuse a model dtype that the library does not have, or a cache of another dtype."""
+    """Refuse a model dtype that compactattn does not have, and a cache of another dtype than the model's."""
     if q not in DTYPES:
         raise fail("model dtype", "float16, bfloat16 or float32", q)
     if cache != q:

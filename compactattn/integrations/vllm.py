@@ -4,8 +4,8 @@
     vllm serve MODEL --attention-backend CUSTOM --additional-config '{"compactattn": {"alpha": 0.18}}'
 
 `register` is an entry point of `vllm.general_plugins`: vLLM calls it in each of its processes. The settings are those
-of `compactattn.integrations.engine_settings`; docs/vllm.md says what they do. What a model asks for that is not
-possible here is refused when its layers are made, by name.
+of `compactattn.integrations.engine_settings`; docs/vllm.md says what they do. What a model asks for that this plugin
+does not do is refused when its layers are made, by name.
 
 What runs where: decode and speculative rows and contexts of at most `dense_keys` tokens attend to every block, exactly;
 other chunks of a prompt run `prefill`. Decode steps can be captured in CUDA graphs (`UNIFORM_BATCH`). Heads are those

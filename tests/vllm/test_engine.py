@@ -1,7 +1,8 @@
 """vLLM's engine itself, on the CPU: its scheduler, block manager and model runner around this plugin.
 
 The model is the test bed's. With `Dense` the engine speaks the tokens that transformers speaks; with FlashPrefill those
-of transformers through `compactattn.integrations.transformers` with the same chunks. Through prefix hits, evictions and
+of transformers through `compactattn.integrations.transformers` with the same chunks, and so do both on one file of
+`compactattn tune`. Through prefix hits, evictions and
 preemptions every request keeps getting what `prefill` without any kept means gives it.
 """
 
@@ -27,9 +28,10 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from compactattn import FlashPrefill, PagedKV, PrefillBatch, prefill
+from compactattn import FlashPrefill, PagedKV, PrefillBatch, cli, prefill
 from compactattn.integrations.engine_steps import LayerPlan
 from compactattn.integrations.transformers import enable
+from compactattn.settings import Settings, load_settings
 
 CHUNK = 256
 FLASH = {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 1, "block_size": 64, "query_block": 64, "dense_keys": 128}
@@ -61,13 +63,13 @@ def speak(llm: LLM, prompts: list[list[int]], tokens: int) -> tuple[list[list[in
     return [list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs]
 
 
-def spoken_by_transformers(ids: list[int], tokens: int, selector: FlashPrefill | None) -> list[int]:
+def spoken_by_transformers(ids: list[int], tokens: int, settings: Settings | None) -> list[int]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
     chunk: dict[str, int] = {}
-    if selector is not None:
-        enable(selector=selector, heads_per_group=1, query_blocks_per_span=1)
+    if settings is not None:
+        enable(**settings)
         model.set_attn_implementation("compactattn")
         chunk = {"prefill_chunk_size": CHUNK}
     prompt = torch.tensor([ids])
@@ -82,10 +84,26 @@ def spoken_by_transformers(ids: list[int], tokens: int, selector: FlashPrefill |
 @pytest.mark.parametrize("options", [{"selector": "dense"}, FLASH], ids=["dense", "flashprefill"])
 def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any]) -> None:
     ids = list(TEXT[:700])
-    selector = FlashPrefill(**FLASH) if options == FLASH else None
+    every_layer = dict.fromkeys(range(6), FlashPrefill(**FLASH))
+    settings = Settings(selector=every_layer, heads_per_group=1, query_blocks_per_span=1) if options == FLASH else None
     with engine(options) as llm:
         spoken, _ = speak(llm, [ids], 24)
-    assert spoken == [spoken_by_transformers(ids, 24, selector)]
+    assert spoken == [spoken_by_transformers(ids, 24, settings)]
+
+
+def test_the_engine_speaks_what_transformers_speaks_on_a_tuned_file(tmp_path: Path) -> None:
+    text, captured, tuned = (str(tmp_path / name) for name in ("text", "captured", "tuned.json"))
+    Path(text).write_bytes(TEXT[:900])
+    capture = ["capture", "--model", str(WEIGHTS), "--bytes", "--text", text, "--out", captured, "--layers", "1,3-5"]
+    assert cli.main(capture) == 0
+    tune = ["tune", captured, "--out", tuned, "--coverage", "0.6", "--chunk", str(CHUNK), "--heads-per-group", "2"]
+    small = ["--block-size", "64", "--query-block", "64", "--sink-blocks", "0", "--window-blocks", "0"]
+    assert cli.main([*tune, *small]) == 0
+    ids = list(TEXT[:700])
+    with engine({"settings": tuned}) as llm:
+        spoken, _ = speak(llm, [ids], 24)
+    assert spoken == [spoken_by_transformers(ids, 24, load_settings(tuned))]
+    assert spoken != [spoken_by_transformers(ids, 24, None)], "this file leaves enough out to be heard"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from compactattn import FlashPrefill
 from compactattn.integrations.vllm import CompactAttentionBackend, register
+from compactattn.settings import Settings, save_settings
 
 PATH = "compactattn.integrations.vllm.CompactAttentionBackend"
 NAMED = hasattr(AttentionBackendEnum, "register")  # vLLM 0.32 and newer
@@ -159,6 +162,7 @@ def test_layers_that_cannot_run_are_refused_when_they_are_made(changes: dict[str
         ({"alhpa": 1}, r"additional_config\['compactattn'\]: expected settings among .*, got 'alhpa'"),
         ({"alpha": 2}, r"additional_config\['compactattn'\]: alpha: expected a number from 0 to 1, got 2"),
         ({"heads_per_group": 3}, "heads_per_group: expected a divisor of the 8 query heads, got 3"),
+        ({"settings": "no/such"}, r"additional_config\['compactattn'\]: settings: no/such: expected a settings file"),
     ],
 )
 def test_settings_that_cannot_be_used_stop_the_first_layer(options: dict[str, Any], message: str) -> None:
@@ -170,12 +174,14 @@ class OtherAttention(Attention):
     """vLLM has such classes for chunked local, cross and encoder attention, with batches of their own making."""
 
 
-def test_builders_refuse_what_layers_cannot_know() -> None:
+def test_builders_refuse_what_layers_cannot_know(tmp_path: Path) -> None:
     config = make_config()
     with pytest.raises(ValueError, match=r"layer model\.layers\.0.*: expected plain causal self-attention, got Other"):
         make_builder(config, [make_layer(config, kind=OtherAttention)], 16)
-    config = make_config({"layers": {"6": {}}})
-    with pytest.raises(ValueError, match="layers: expected layer numbers from 0 to 5, got 6"):
+    path = str(tmp_path / "settings.json")
+    save_settings(path, Settings(selector={6: FlashPrefill()}, heads_per_group=1, query_blocks_per_span=1))
+    config = make_config({"settings": path})
+    with pytest.raises(ValueError, match="layers of the settings file: expected numbers from 0 to 5, got 6"):
         make_builder(config, [make_layer(config)], 16)
     config = make_config({"block_size": 64})
     with pytest.raises(ValueError, match=r"KV cache block size: expected one of 16, 32, 64 .*, got 128"):

@@ -9,6 +9,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; tests/vllm/run instal
 from tests.vllm.layers import DIM, HEADS, KV_HEADS, make_builder, make_config, make_layer, metadata, new_cache  # noqa: I001
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from compactattn import Dense, FlashPrefill, XAttention
 from compactattn.integrations.vllm import settings_of
+from compactattn.settings import Settings, load_settings, save_settings
 from tests.serving import Batch, Scheduler, make_step, random_requests
 from tests.test_engine_steps import assert_tables_of_its_own
 
@@ -118,9 +121,12 @@ def test_a_run_without_metadata_is_a_profiling_run() -> None:
         layer.impl.forward(layer, q, q, q, layer.kv_cache, None, out, torch.ones(1))
 
 
-def test_each_layer_has_its_selector_and_a_drafts_layers_are_dense() -> None:
-    options = FLASH | {"dense_layers": 1, "layers": {"0": {}, "1": {"alpha": 0.1}, "3": {"sink_blocks": 2}}}
-    config = make_config(options)
+def test_each_layer_has_the_selector_of_the_file_and_a_drafts_layers_are_dense(tmp_path: Path) -> None:
+    path = str(tmp_path / "settings.json")
+    sizes = {"block_size": 64, "query_block": 64, "dense_keys": 96}
+    selectors = {0: FlashPrefill(0.4, **sizes), 1: FlashPrefill(0.1, **sizes), 3: XAttention(0.5, **sizes)}
+    save_settings(path, Settings(selector=selectors, heads_per_group=2, query_blocks_per_span=None))
+    config = make_config({"settings": path, "dense_layers": 1})
     layers = [make_layer(config, number) for number in (0, 1, 2, 3, 6)]
     for layer in layers:
         layer.kv_cache = new_cache(4, 16, KVCacheLayout.LBNHC)
@@ -129,16 +135,12 @@ def test_each_layer_has_its_selector_and_a_drafts_layers_are_dense() -> None:
     scheduler = Scheduler(0, pages=4, page_size=16, budget=20, max_requests=1, longest=1024)
     scheduler.add([1] * 20, 1)
     make_builder(config, layers, 16).build(0, metadata(scheduler.schedule()))
-    settings = settings_of(config)
-    chosen = [layer.impl._plan.selector for layer in layers]
-    assert chosen == [settings.dense, settings.layers[1], settings.dense, settings.layers[3], *[settings.dense] * 2]
-    assert [layer.impl._summaries[layer.kv_cache] is not None for layer in layers] == [
-        False,
-        True,
-        False,
-        True,
-        *[False] * 2,
-    ]
+    held, dense = load_settings(path)["selector"], Dense(**sizes)
+    plans = [layer.impl._plan for layer in layers]
+    assert [plan.selector for plan in plans] == [dense, held[1], dense, held[3], dense, dense]
+    assert {(plan.settings.heads_per_group, plan.settings.query_blocks_per_span) for plan in plans} == {(2, None)}
+    has_means = [layer.impl._summaries[layer.kv_cache] is not None for layer in layers]
+    assert has_means == [False, True, False, False, False, False], "FlashPrefill's alone"
 
 
 def test_means_stay_with_their_cache_and_go_with_it() -> None:
