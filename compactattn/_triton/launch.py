@@ -38,9 +38,8 @@ def _specialisation(arg: object) -> object:
         return arg.dtype, arg.data_ptr() % 16 == 0
     if type(arg) is int:
         return arg == 1, arg % 16 == 0, -0x80000000 <= arg < 0x80000000
-    if hasattr(arg, "block_shape"):
-        return type(arg), arg.base.dtype
-    return type(arg)
+    base = getattr(arg, "base", None)
+    return type(arg), base.dtype if isinstance(base, Tensor) else None
 
 
 def launch(
