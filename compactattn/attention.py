@@ -80,7 +80,7 @@ def attend(
         sinks: float32 [Hq], one more logit per query head in the softmax's denominator, natural log (gpt-oss).
         return_lse: also return the log-sum-exp of the scaled scores, natural log, float32 [T, Hq]; with sinks their
             logits are part of the sum, so that of partial results to be merged exactly one takes them.
-        out: where to write the result, [T, Hq, D] of q's dtype; must not overlap q.
+        out: where to write the result, [T, Hq, D] of q's dtype; must not overlap q or the cache.
         backend: None (by device), "triton" or "numba".
 
     Returns:
@@ -104,7 +104,7 @@ def attend(
             raise fail("correction", "a KVSummary or None", type(correction).__name__)
         check_summary(correction, kv, table.block_size, values=True, name="correction")
         check_correctable(features)
-    check_out(out, q)
+    check_out(out, q, kv=kv)
     chosen = resolve_backend(backend, q.device, q.dtype)
     check_cache_dtype(kv, chosen)
     scale = resolve_scale(scale, q.shape[-1])

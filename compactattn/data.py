@@ -18,6 +18,7 @@ from compactattn.validation import (
     DTYPES,
     FP8,
     HEAD_DIMS,
+    MAX_LEN,
     QUERY_BLOCKS,
     check_choice,
     check_int,
@@ -37,7 +38,7 @@ class PrefillBatch:
         cu_seqlens_q: int32 [B + 1]; request b owns query rows `cu_seqlens_q[b]` up to `cu_seqlens_q[b + 1]`.
         seq_lens: int32 [B]; keys in the cache of each request, *including* this step's.
         max_q_len: host int, an upper bound for every request's number of queries in this step.
-        max_seq_len: host int, an upper bound for every entry of `seq_lens`.
+        max_seq_len: host int, an upper bound for every entry of `seq_lens`; at most 2^30.
         prompt_lens: int32 [B] or None; length of each whole prompt, needed by `dense_last_blocks` only.
 
     Raises:
@@ -60,6 +61,8 @@ class PrefillBatch:
         requests = self.seq_lens.shape[0]
         check_shape("cu_seqlens_q", self.cu_seqlens_q, (requests + 1,), "one more than the requests in seq_lens")
         check_same_device("seq_lens", self.seq_lens, self.cu_seqlens_q.device)
+        if self.max_seq_len > MAX_LEN:
+            raise fail("max_seq_len", f"at most {MAX_LEN} tokens", self.max_seq_len)
         if self.max_q_len > self.max_seq_len:
             raise fail("max_q_len", f"at most max_seq_len {self.max_seq_len}", self.max_q_len)
         for name, tensor in (("cu_seqlens_q", self.cu_seqlens_q), ("seq_lens", self.seq_lens)):

@@ -13,8 +13,6 @@ from torch import Tensor
 from compactattn.data import PagedKV
 from compactattn.validation import MAX_SCALE, check_int, check_same_device, check_shape, check_tensor, fail
 
-MAX_SOFTCAP = MAX_SCALE / 2  # kernels multiply it by log2 e
-
 
 @dataclass(frozen=True, eq=False)
 class Features:
@@ -41,8 +39,8 @@ def check_features(softcap: float | None, window: int | None, sinks: Tensor | No
     if softcap is None and window is None and sinks is None:
         return PLAIN
     if softcap is not None:
-        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap <= MAX_SOFTCAP:
-            raise fail("softcap", f"a number above 0 and at most {MAX_SOFTCAP:g}, or None", repr(softcap))
+        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap <= MAX_SCALE:
+            raise fail("softcap", f"a number above 0 and at most {MAX_SCALE:g}, or None", repr(softcap))
         softcap = float(softcap)
     if window is not None:
         check_int("window", window, 1)

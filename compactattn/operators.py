@@ -251,10 +251,11 @@ def _selected(arguments: Given, table: tuple[Tensor, Tensor, Tensor]) -> BlockTa
 
 _STEP = {"q": _plain("Tensor q"), "kv": _KV, "batch": _BATCH}
 _GROUPING = {"heads_per_group": _HEADS, "query_blocks_per_span": _SPAN}
-_SCALE, _BACKEND, _WINDOW, _OUT = (
-    {_names(schema)[0]: _plain(schema)}
-    for schema in ("float? scale", "str? backend", "SymInt? window", "Tensor(z!) out")
+_SCALE, _BACKEND, _WINDOW = (
+    {_names(schema)[0]: _plain(schema)} for schema in ("float? scale", "str? backend", "SymInt? window")
 )
+#: by another name, because Dynamo takes no views with gaps for what an operator calls `out`
+_OUT = {"out": Part("Tensor(z!) written", lambda out: {"written": out}, lambda given: given["written"])}
 _FEATURES = {"softcap": _plain("float? softcap"), **_WINDOW, "sinks": _plain("Tensor? sinks")}
 _RESULT = {"return_lse": _plain("bool return_lse"), **_OUT, **_BACKEND}
 

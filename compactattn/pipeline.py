@@ -81,7 +81,7 @@ def prefill(
             GPU, steps with counters or features and steps over FP8 caches are launched kernel by kernel each time;
             the launches of others are remembered and repeated, which costs the host less.
         return_lse: also return the log-sum-exp, natural log, float32 [T, Hq]; see `attend` for sinks.
-        out: where to write the result, [T, Hq, D].
+        out: where to write the result, [T, Hq, D] of q's dtype; must not overlap q or the cache.
         backend: None (by device), "triton" or "numba".
 
     Returns:
@@ -125,12 +125,12 @@ def _prefill(
     features: Features = PLAIN,
     density: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    check_out(out, q)
     summary, correction = _corrected_by(summary, correction)
+    chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
+    check_out(out, q, kv=kv)
     if correction:
         if summary is None:
             raise fail("summary", "a summary with values, for correction=True", "None")
-        check_selector(selector)
         check_summary(summary, kv, selector.block_size, values=True)
         check_correctable(features)
     if features is not PLAIN and isinstance(selector, Oracle):
@@ -138,7 +138,6 @@ def _prefill(
         raise fail("selector", judges, repr(selector))
     if density is not None:
         check_counter("density", density, q.device)
-    chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
     table = _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
     if density is not None:
         run_count(table, batch, density, features.window, chosen)

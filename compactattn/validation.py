@@ -23,7 +23,8 @@ MAX_HEADS_PER_KV_HEAD = 16
 BLOCK_SIZES = (64, 128, 256)
 QUERY_BLOCKS = (64, 128)
 MAX_INT = 2**31 - 1
-MAX_SCALE = torch.finfo(torch.float32).max
+MAX_LEN = 2**30  # tokens of a request: kernels add two positions in int32
+MAX_SCALE = torch.finfo(torch.float32).max / 2  # kernels multiply it by log2 e
 
 
 def fail(name: str, expected: str, got: object) -> ValueError:
@@ -258,8 +259,8 @@ def check_table(table: BlockTable, q: torch.Tensor, kv: PagedKV, batch: PrefillB
         raise fail("table.indices", f"{blocks} columns = Kb of the batch", table.indices.shape[1])
 
 
-def check_out(out: torch.Tensor | None, q: torch.Tensor, name: str = "q") -> None:
-    """A tensor to write to, beside the input `q` [T, H, D] whose name is given; None is fine."""
+def check_out(out: torch.Tensor | None, q: torch.Tensor, name: str = "q", kv: PagedKV | None = None) -> None:
+    """A tensor to write to, beside the input `q` [T, H, D] whose name is given, and a cache; None is fine."""
     check_tensor(name, q, ndim=3)
     if out is None:
         return
@@ -276,6 +277,25 @@ def check_out(out: torch.Tensor | None, q: torch.Tensor, name: str = "q") -> Non
             reach += stride * (size - 1)
     if _overlap(out, q):
         raise fail("out", f"memory apart from {name}'s", "an overlap")
+    if kv is not None:
+        for part, cache in (("k", kv.k), ("v", kv.v)):
+            if _same_allocation(out, cache) and _within(out, cache):
+                raise fail("out", f"memory apart from {part}'s", "an overlap")
+
+
+def _same_allocation(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _within(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Do the stretches of memory from the first to the last element of two tensors meet?"""
+    if not a.numel() or not b.numel() or not a.data_ptr():
+        return False
+    ends = [
+        t.data_ptr() + (sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True)) + 1) * t.element_size()
+        for t in (a, b)
+    ]
+    return a.data_ptr() < ends[1] and b.data_ptr() < ends[0]
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -302,5 +322,5 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= MAX_SCALE:
-        raise fail("scale", "a finite number or None", repr(scale))
+        raise fail("scale", f"a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, or None", repr(scale))
     return float(scale)

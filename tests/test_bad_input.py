@@ -213,6 +213,7 @@ CONSTRUCTORS = [
     case("numba-on-cuda", lambda: resolve_backend("numba", CUDA), "backend", "'triton' (or None)", NO_CUDA),
     case("lens-tensor", lambda: lens(ints(1), [1]), "q_lens", "a list of ints", "Tensor"),
     case("lens-sum", lambda: lens([2**30] * 3, [2**30] * 3), "the sum of q_lens", "at most 2147483647", str(3 * 2**30)),
+    case("seq-len", lambda: lens([1], [2**30 + 1]), "max_seq_len", "at most 1073741824 tokens", str(2**30 + 1)),
     case("int32", lambda: FlashPrefill(sink_blocks=2**31), "sink_blocks", "at most 2147483647", str(2**31)),
     case("block-float", lambda: Dense(block_size=64.0), "block_size", "one of 64, 128, 256", "64.0"),
     case("e5m2", lambda: make_kv(dtype=torch.float8_e5m2), "k", "float32 or float8_e4m3fn", "torch.float8_e5m2"),
@@ -273,7 +274,7 @@ STAGE_CASES = [
         "rows that do not overlap",
         "strides (96, 32, 1)",
     ),
-    *on(Q_STAGES, "scale-large", {"scale": 1e300}, "scale", "a finite number or None", "1e+300"),
+    *on(Q_STAGES, "scale-large", {"scale": 2e38}, "scale", "to 1.70141e+38, or None", "2e+38"),
     *on(Q_STAGES, "q-list", {"q": [1], "out": None}, "q", "a torch.Tensor", "list"),
     *on(Q_STAGES, "q-2d", queries(8, 128), "q", "3 dimensions", "shape (8, 128)"),
     *on(Q_STAGES, "q-int", queries(8, 2, 64, dtype=torch.int8), "q", FLOATS, "torch.int8"),
@@ -294,7 +295,7 @@ STAGE_CASES = [
     *on(KV_STAGES, "batch-device", {"batch": META["batch"]}, "batch", "device cpu", "meta"),
     *on(KV_STAGES, "requests", {"batch": lens([5], [9])}, "kv.page_table", "1 rows", "2 rows"),
     *on(KV_STAGES, "bound", {"batch": lens([1, 1], [9, 209])}, "batch.max_seq_len", "208", "209"),
-    *on(Q_STAGES, "scale", {"scale": math.nan}, "scale", "a finite number or None", "nan"),
+    *on(Q_STAGES, "scale", {"scale": math.nan}, "scale", "a number from -1.70141e+38", "nan"),
     *on(("select", *FUSED), "name", {"selector": "dense"}, "selector", "FlashPrefill, XAttention", "'dense'"),
     *on(("summarize",), "block", {"block_size": 96}, "block_size", "one of 64, 128, 256", "96"),
     *on(SUMMARY_STAGES, "unit", {"summary": make_summary(unit=64)}, "summary", "unit 16 = min", "64"),
@@ -438,6 +439,18 @@ def test_interleaved_outputs_are_accepted() -> None:
     arguments["q"].zero_()
     expected = call("attend", make_arguments())
     assert torch.equal(call("attend", arguments), expected)
+
+
+@pytest.mark.parametrize("stage", OUT_STAGES)
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_outputs_inside_the_cache_are_refused(stage: str, name: str) -> None:
+    """Beside the pages in one allocation is as good as anywhere."""
+    memory = full(27, 16, 1, 64)
+    kv = replace(make_kv(), **{name: memory[:26]})
+    inside, beside = (memory.view(-1)[start : start + 8 * 2 * 64].view(8, 2, 64) for start in (64, 26 * 16 * 64))
+    with refused("out", f"memory apart from {name}'s", "an overlap"):
+        call(stage, make_arguments() | {"kv": kv, "out": inside})
+    call(stage, make_arguments() | {"kv": kv, "out": beside})
 
 
 def test_check_sees_too_few_queries() -> None:

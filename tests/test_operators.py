@@ -153,7 +153,7 @@ def test_every_stage_has_an_operator() -> None:
     assert {name for name, _ in calls().values()} == stages | {"merge_attn_states", "count_density"}
     for name in stages:
         written = str(getattr(torch.ops.compactattn, name).default._schema)
-        assert ("(z!) out" in written) == (name in ("attend", "prefill"))
+        assert ("(z!) written" in written) == (name in ("attend", "prefill"))
         assert ("(a!)? k_mean" in written) == (name in ("summarize", "prefill", "select_table"))
 
 
@@ -255,6 +255,26 @@ def test_writes_are_seen_outside(compiled: Any) -> None:
         assert wrap(step)(summary, counters.of_layer(1), out) is out
         lefts.append([summary.k_mean.nan_to_num(7.0), counters.counts, out])
     assert same(*lefts)
+
+
+def test_an_output_with_gaps(compiled: Any) -> None:
+    """A view made inside the graph, or handed to it, is written to in place."""
+    q, kv, batch = make_step(*LENGTHS[0])
+    expected = compactattn.prefill(q, kv, batch, selector=FLASH, heads_per_group=2)
+    heads = q.shape[1]
+
+    def inside(wide: Tensor) -> Tensor:
+        return compactattn.prefill(q, kv, batch, selector=FLASH, heads_per_group=2, out=wide[:, 1 : 1 + heads])
+
+    def given(out: Tensor) -> Tensor:
+        return compactattn.prefill(q, kv, batch, selector=FLASH, heads_per_group=2, out=out)
+
+    for step, view in ((inside, lambda wide: wide), (given, lambda wide: wide[:, 1 : 1 + heads])):
+        wide = torch.full((len(q), heads + 2, q.shape[2]), 7.0, dtype=q.dtype)
+        assert torch.equal(compiled(step)(view(wide)), expected)
+        assert torch.equal(wide[:, 1 : 1 + heads], expected)
+        assert bool((wide[:, 0] == 7.0).all())
+        assert bool((wide[:, -1] == 7.0).all())
 
 
 def test_merging_into_an_input(compiled: Any) -> None:

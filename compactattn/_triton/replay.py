@@ -215,7 +215,7 @@ def prefill(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     else:
-        check_out(out, q)  # whether they overlap depends on the addresses
+        check_out(out, q, kv=kv)  # whether they overlap depends on the addresses
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
     with on_device(q):
         stream = driver.active.get_current_stream(q.get_device())
