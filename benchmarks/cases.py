@@ -82,6 +82,7 @@ KINDS = {
     "prompt": "the chunks of a whole prompt, dense and prefill, per chunk and in sum",
     "scaling": "selection and attention at a fixed number of kept blocks, as the context grows",
     "layouts": "page sizes, unaligned lengths, requests of very different length",
+    "decode": "attend alone on decode and speculative rows, which read every block, against dense and the ceilings",
     "host": "host time of a call in steady state and at new lengths, and what it allocates",
 }
 
@@ -137,6 +138,8 @@ def _tokens(count: int) -> str:
 ONE = Shape(1, 32, 8)
 TP2_RANK = Shape(8, 16, 4)
 SMALL = Shape(1, 4, 1)
+SERVED = Shape(32, 32, 8)
+NEW_TOKENS = (1, 4, 8)  # a decode step, and two lengths of speculation
 CONTEXTS = (8 * K, 16 * K, 32 * K, 64 * K, 128 * K, 256 * K)
 CHUNKS = (512, 1024, 2048, 4096)
 PROMPTS = (32 * K, 64 * K, 128 * K, 256 * K)
@@ -177,6 +180,7 @@ def _h200_cases() -> tuple[Case, ...]:
     prompts = [prompt_cases(case, PROMPTS, {256 * K: 4}) for case in goal]
     hosts = [Case("host", shape, context, 1024) for shape, context in itertools.product(both, (128 * K, 8 * K))]
     scaling = [Case("scaling", ONE, 8 * K << n, 1024) for n in range(8)]
+    decode = [Case("decode", SERVED, 16 * K, count, "noise", groupings=(PAPER,)) for count in NEW_TOKENS]
     grid = [Case("step", shape, context, 1024) for context in reversed(CONTEXTS) for shape in both]
     chunks = [Case("step", shape, 128 * K, chunk) for chunk in CHUNKS for shape in both]
     spread = [
@@ -189,7 +193,7 @@ def _h200_cases() -> tuple[Case, ...]:
         Case("step", shape, context, chunk)
         for context, chunk, shape in itertools.product(reversed(CONTEXTS), CHUNKS, both)
     ]
-    ordered = [*goal, *tables, *itertools.chain(*prompts), *scaling, *hosts, *layouts]
+    ordered = [*goal, *tables, *itertools.chain(*prompts), *scaling, *hosts, *layouts, *decode]
     cases = dict.fromkeys([*ordered, *spread, *grid, *chunks, *scattered, *rest])
     return tuple(replace(case, groupings=(*GROUPINGS, AUTO)) if _compares_auto(case) else case for case in cases)
 
@@ -209,6 +213,7 @@ def _cpu_cases() -> tuple[Case, ...]:
         *(replace(small, kind="scaling", context=context * K) for context in (4, 8, 16)),
         replace(small, kind="host"),
         replace(small, kind="layouts", shape=replace(SMALL, batch=2), context=4 * K),
+        replace(small, kind="decode", shape=replace(SMALL, batch=2), context=4 * K, chunk=4, groupings=(PAPER,)),
         replace(small, context=16 * K),
         replace(small, context=4 * K),
         replace(small, chunk=512),

@@ -19,6 +19,7 @@ from benchmarks.timing import poison_free_memory
 from benchmarks.workloads import SELECTOR, Density, Step, measure_density
 from compactattn import (
     BlockTable,
+    Dense,
     KVSummary,
     PagedKV,
     PrefillBatch,
@@ -35,6 +36,7 @@ from compactattn.selection import block_rules
 
 #: PyTorch's fused CPU attention computes exp to 20 bits, less exactly than plain float32 does.
 CPU_SLACK = 8.0
+EVERYTHING = Dense()
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,6 +346,19 @@ def tables_field(case: Case, step: Step) -> Field:
             if lengths in CORRECTED:
                 name = f"corrected attend {grouping}, {lengths.density:g} of the past"
                 lineup.contestants.append(corrected(name, case, step, means, grouping, table))
+    return lineup
+
+
+def decode_field(case: Case, step: Step) -> Field:
+    """The card's ceilings, dense baselines, and `attend` over tables of every block: a few new rows per request."""
+    lineup = Field(ceilings(step.q.device))
+    add_dense(lineup, case, step, gate.sample_rows(step.batch))
+    if case.peers:
+        add_flashinfer(lineup, step, gate.sample_rows(step.batch))
+    for grouping in groupings_of(case, fixed=True):
+        table = select_table(step.q, step.kv, step.batch, selector=EVERYTHING, **grouping.arguments)
+        name = f"attend {grouping}, every block"
+        lineup.contestants.append(controlled(name, case, step.q, step.kv, step.batch, grouping, table))
     return lineup
 
 

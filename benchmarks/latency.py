@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import baselines
 from benchmarks.cases import Case, Preset, matching, preset
-from benchmarks.contestants import Field, step_field, tables_field
+from benchmarks.contestants import Field, decode_field, step_field, tables_field
 from benchmarks.host import measured_host
 from benchmarks.layouts import layouts_field
 from benchmarks.machine import LATENCY_SOURCES, ceilings, environment
@@ -208,7 +208,7 @@ def shrunk(case: Case, factor: int) -> Case:
     if factor == 1:
         return case
     shape = replace(case.shape, batch=min(case.shape.batch, 2), q_heads=case.shape.group, kv_heads=1)
-    chunk = max(128, case.chunk // factor)
+    chunk = case.chunk if case.kind == "decode" else max(128, case.chunk // factor)
     since, context = case.since // factor, max(case.context // factor, chunk)
     return replace(case, shape=shape, context=context, chunk=chunk, since=since)
 
@@ -239,7 +239,8 @@ def _prepared(case: Case, chosen: Preset, device: str) -> Field:
     if case.kind == "step" and case.peers and device == "cuda":
         capacity = max(capacity, chosen.capacity)
     step = _make(case, device, capacity)
-    return tables_field(case, step) if case.kind == "tables" else step_field(case, step)
+    fields = {"tables": tables_field, "decode": decode_field, "step": step_field}
+    return fields[case.kind](case, step)
 
 
 def _make(case: Case, device: str, capacity: int | None) -> Step:

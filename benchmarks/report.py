@@ -31,6 +31,7 @@ SECTIONS = (
     ("Floors", report_floors.section),
     ("Scaling with the context", report_scaling.scaling_section),
     ("Page sizes, unaligned and mixed lengths", report_scaling.layouts_section),
+    ("Decode and speculative rows, every block", report_steps.decode_section),
     ("Host time and memory of a call", report_scaling.host_section),
     ("What each union costs (past blocks, one chunk)", report_steps.growth_section),
     ("Every row of every step", report_steps.stages_section),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from benchmarks.records import (
     DENSE,
     Record,
@@ -22,8 +24,17 @@ from benchmarks.records import (
 
 def tables_section(result: Record) -> list[str]:
     """Rates over controlled tables, relative to dense, to the equal-length table of the same density, and to matmul."""
+    return _rates(of_kind(result, "tables"))
+
+
+def decode_section(result: Record) -> list[str]:
+    """Rates over decode and speculative rows, relative to dense and to the ceilings."""
+    return _rates(of_kind(result, "decode"))
+
+
+def _rates(records: Iterable[Record]) -> list[str]:
     lines = []
-    for record in of_kind(result, "tables"):
+    for record in records:
         dense, matmul = find(record, *DENSE), find(record, "matmul")
         rows = [
             (

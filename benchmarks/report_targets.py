@@ -48,7 +48,7 @@ class Target:
 def targets(result: Record) -> list[Target]:
     """All that this result can say."""
     found = [*_attend(result), *_select(result), *_prefill(result), *_auto(result), *_prompts(result)]
-    found += [*_layouts(result), *_host(result), *_scaling(result)]
+    found += [*_layouts(result), *_decode(result), *_host(result), *_scaling(result)]
     return [target for target in found if not math.isnan(target.measured)]
 
 
@@ -147,6 +147,15 @@ def _layouts(result: Record) -> Iterator[Target]:
             if row["name"].startswith("attend") and not row["name"].endswith(f", {aligned}"):
                 what = f"{row['name']}, {shape_name(record)}: time per useful FLOP ÷ aligned"
                 yield Target(what, 1.1, relative_time(record, row), most=True)
+
+
+def _decode(result: Record) -> Iterator[Target]:
+    for record in of_kind(result, "decode"):
+        dense = max((teraflops(row) for row in green_rows(record) if row["family"] == "dense"), default=math.nan)
+        for row in green_rows(record):
+            if row["name"].startswith("attend"):
+                what = f"{row['name']}, {record['case']['chunk']} new tokens each, {shape_name(record)}"
+                yield Target(f"{what}: rate ÷ fastest dense", 1.0, teraflops(row) / dense)
 
 
 def _host(result: Record) -> Iterator[Target]:
