@@ -16,7 +16,7 @@ import torch
 
 import compactattn
 from compactattn import Dense, FlashPrefill, cli
-from compactattn.capture import Capture, CapturedLayer, save_capture
+from compactattn.capture import Capture, CapturedLayer, sample_path, save_capture
 from compactattn.cli import demo, info
 from compactattn.demo import DemoSettings, PagedPrompt, measure
 from compactattn.demo_text import as_json, as_text
@@ -251,6 +251,19 @@ def test_json_goes_where_a_link_leads(tmp_path, capsys):
     assert_one_line(capsys, "--json")
 
 
+def test_json_never_takes_the_place_of_what_is_read(capture_file, tmp_path, capsys):
+    before = Path(capture_file).read_bytes()
+    link, twin = tmp_path / "link", tmp_path / "twin"
+    link.symlink_to(capture_file)
+    os.link(capture_file, twin)
+    for read, written in ((capture_file, capture_file), (capture_file, link), (link, capture_file), (twin, link)):
+        assert cli.main(["demo", "--capture", str(read), "--json", str(written)]) == 2
+        assert_one_line(capsys, f"--json: expected a file that is not read or written as well, got '{written}'")
+    assert Path(capture_file).read_bytes() == before
+    assert cli.main(["demo", "--json", str(sample_path())]) == 2
+    assert_one_line(capsys, "--json: expected a file that is not read or written as well")
+
+
 def test_json_goes_through_a_fifo_and_leaves_it_there(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -298,6 +311,13 @@ def test_output_to_a_full_device_is_one_line_and_exit_2():
     assert (
         ended.stderr == "compactattn: error: standard output: expected to be writable, got: No space left on device\n"
     )
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"], ["--version"]], ids=" ".join)
+def test_closed_output_is_one_line_and_exit_2(arguments):
+    ended = run_module(*arguments, stdout=None, preexec_fn=lambda: os.close(1))
+    assert ended.returncode == 2
+    assert ended.stderr == "compactattn: error: standard output: expected to be writable, got: closed\n"
 
 
 def test_json_is_written_even_if_nobody_reads_the_text(tmp_path, monkeypatch):

@@ -225,10 +225,11 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "size": (["--max-size", "large"], ("--max-size: expected a size such as 500M or 2G, got 'large'",)),
     "dtype": (["--dtype", "int8"], ("--dtype", "float16")),
     "device": (["--device", "tpu"], ("--device: expected cpu, or a GPU of this machine", "'tpu'")),
+    "device without data": (["--device", "meta"], ("--device: expected cpu, or a GPU of this machine", "'meta'")),
     "out into nowhere": (["--out", "/no/such/folder/x"], ("--out: expected a file in a writable directory",)),
     "out onto a folder": (["--out", "{folder}"], ("--out: expected a file in a writable directory",)),
     "out onto a device": (["--out", "/dev/null"], ("--out: expected a file in a writable directory",)),
-    "out onto the text": (["--out", "{folder}/../{name}/text"], ("--out: expected a file that is not read as well",)),
+    "out onto the text": (["--out", "{folder}/../{name}/text"], ("--out: expected a file that is not read",)),
     "no weights": (["--model", "{folder}/bare"], ("--model: expected a causal language model", "bare")),
     "spoiled weights": (["--model", "{folder}/spoiled"], ("--model: expected a causal language model", "spoiled")),
     "no rotary positions": (["--model", "{folder}/learned"], ("--model: expected a configuration with rope_theta",)),
@@ -330,13 +331,15 @@ TUNE_REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "coverage": (["--coverage", "1"], ("--coverage: expected a number above 0 and below 1, got '1'",)),
     "no coverage": (["--coverage", "high"], ("--coverage: expected a number above 0 and below 1, got 'high'",)),
     "chunk": (["--chunk", "0"], ("--chunk: expected an integer from 1",)),
-    "long chunk": (["--chunk", "430"], ("CAPTURE: captures: expected prompts in which the 1 sink and 1 window",)),
-    "heads": (["--heads-per-group", "3"], ("--heads-per-group: heads_per_group: expected a divisor of the 4",)),
+    "long chunk": (["--chunk", "430"], ("error: CAPTURE: expected prompts in which the 1 sink and 1 window",)),
+    "heads": (["--heads-per-group", "3"], ("error: --heads-per-group: expected a divisor of the 4",)),
     "auto": (["--heads-per-group", "auto"], ("--heads-per-group: expected an integer from 1",)),
-    "span": (["--query-blocks-per-span", "all"], ("--query-blocks-per-span: expected an integer from 1",)),
+    "span": (["--query-blocks-per-span", "all"], ("--query-blocks-per-span: expected chunk, or an integer from 1",)),
     "block size": (["--block-size", "32"], ("--block-size: expected one of 64, 128, 256, got '32'",)),
     "out": (["--out", "/no/such/folder/x"], ("--out: expected a file in a writable directory",)),
-    "out onto a capture": (["--out", "{folder}/a"], ("--out: expected a file that is not read as well",)),
+    "out onto a capture": (["--out", "{folder}/a"], ("--out: expected a file that is not read",)),
+    "json onto a capture": (["--json", "{folder}/a"], ("--json: expected a file that is not read or written as well",)),
+    "json onto the settings": (["--json", "{out}"], ("--json: expected a file that is not read or written as well",)),
     "json": (["--json", "/no/such/folder/x"], ("--json: expected '-' or a file in a writable directory",)),
 }
 
@@ -346,9 +349,10 @@ def test_bad_arguments_of_tune_are_one_line_and_exit_2(
     case: str, captures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, words = TUNE_REFUSED[case]
-    others = [argument.replace("{folder}", str(captures)) for argument in arguments]
+    out = str(tmp_path / "a")
+    others = [argument.replace("{folder}", str(captures)).replace("{out}", out) for argument in arguments]
     files, options = (others, []) if len(others) == 1 else ([], others)
-    assert cli.main(["tune", str(captures / "a"), *files, "--out", str(tmp_path / "a"), *TUNE, *options]) == 2
+    assert cli.main(["tune", str(captures / "a"), *files, "--out", out, *TUNE, *options]) == 2
     assert_one_line(capsys, *words)
     assert list(tmp_path.iterdir()) == []
 

@@ -134,11 +134,14 @@ def _device(name: str | None) -> torch.device:
 
     from compactattn.demo import best_device
 
+    refusal = UsageError(f"--device: expected cpu, or a GPU of this machine such as cuda:0, got {name!r}")
     try:
         device = best_device() if name is None else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device: expected cpu, or a GPU of this machine such as cuda:0, got {name!r}") from error
+        raise refusal from error
+    if device.type == "meta":  # tensors without data, which cannot be recorded
+        raise refusal
     return device
 
 

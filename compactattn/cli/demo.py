@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compactattn.cli.info import version_of
@@ -39,9 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure a capture, show a progress bar on standard error and the tables on standard output."""
+    from compactattn.capture import sample_path
+
     target = arguments.json
-    check_json_target(target)
-    capture = _load(arguments.capture)
+    path = sample_path() if arguments.capture is None else arguments.capture
+    check_json_target(target, spared=[path])
+    capture = _load(path)
     settings = _demo_settings(arguments, capture)
     leave_busy_cores()
 
@@ -73,11 +77,11 @@ def leave_busy_cores() -> None:
         torch.set_num_threads(max(1, min(threads, (os.cpu_count() or threads) - round(os.getloadavg()[0]))))
 
 
-def _load(path: str | None) -> Capture:
-    from compactattn.capture import load_capture, sample_path
+def _load(path: str | Path) -> Capture:
+    from compactattn.capture import load_capture
 
     try:
-        return load_capture(sample_path() if path is None else path)
+        return load_capture(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--capture: {one_line(error)}") from error
 

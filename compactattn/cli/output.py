@@ -18,6 +18,8 @@ class UsageError(Exception):
 
 def emit(text: str) -> None:
     """Print at once, so that output that cannot be written is noticed here and not when Python ends."""
+    if sys.stdout is None:  # Python has none where file descriptor 1 is closed, and prints into nothing
+        raise UsageError("standard output: expected to be writable, got: closed")
     try:
         print(text, flush=True)
     except OSError as error:
@@ -51,26 +53,37 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_json_target(target: str | None) -> None:
-    """Refuse a `--json FILE` that cannot be written before a minute of work, not after."""
+def check_json_target(target: str | None, *, spared: Sequence[str | Path] = ()) -> None:
+    """Refuse a `--json FILE` that cannot be written before a minute of work, not after.
+
+    spared: files that the command reads or writes besides, which it must not overwrite.
+    """
     if target is not None and target != "-" and not (_is_special(target) and os.access(target, os.W_OK)):
-        check_file_target("--json", target, valid="'-' or a file in a writable directory")
+        check_file_target("--json", target, valid="'-' or a file in a writable directory", spared=spared)
 
 
 def check_file_target(
-    option: str, target: str, *, valid: str = "a file in a writable directory", spared: Sequence[str] = ()
+    option: str, target: str, *, valid: str = "a file in a writable directory", spared: Sequence[str | Path] = ()
 ) -> None:
     """Refuse a file that cannot be put in place: its directory is not there or not writable, or it is no plain file.
 
-    spared: files that the command reads, which it must not overwrite.
+    spared: files that the command reads or writes besides, which it must not overwrite.
     """
-    if os.path.realpath(target) in map(os.path.realpath, spared):
-        raise UsageError(f"{option}: expected a file that is not read as well, got {target!r}")
+    if any(_is_same(target, other) for other in spared):
+        raise UsageError(f"{option}: expected a file that is not read or written as well, got {target!r}")
     path = Path(os.path.realpath(target))
     # a link that still is one leads to itself
     writable = not path.is_symlink() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
     if not target or os.path.isdir(target) or _is_special(target) or not writable:
         raise UsageError(f"{option}: expected {valid}, got {target!r}")
+
+
+def _is_same(target: str, other: str | Path) -> bool:
+    """Whether two paths lead to one file, by whatever links, names or mounts; it need not be there yet."""
+    try:
+        return os.path.realpath(target) == os.path.realpath(other) or os.path.samefile(target, other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _is_special(target: str) -> bool:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Tune every layer of the captures, write the settings, and print a table of what they keep and cost."""
     check_file_target("--out", arguments.out, spared=arguments.captures)
-    check_json_target(arguments.json)
+    check_json_target(arguments.json, spared=[*arguments.captures, arguments.out])
     settings = _settings(arguments)
     from compactattn.capture import open_capture
 
@@ -88,7 +88,7 @@ def _settings(arguments: argparse.Namespace) -> TuneSettings:
     some, any_number = range(1, 2**31), range(2**31)
     span = None
     if arguments.query_blocks_per_span != "chunk":
-        span = integer("--query-blocks-per-span", arguments.query_blocks_per_span, some)
+        span = integer("--query-blocks-per-span", arguments.query_blocks_per_span, some, word="chunk")
     return TuneSettings(
         FlashPrefill(
             block_size=integer("--block-size", arguments.block_size, BLOCK_SIZES),
@@ -132,9 +132,9 @@ def _tune(captures: list[CaptureFile], settings: TuneSettings) -> list[LayerTuni
             try:
                 found.append(tune_layer(number, having, settings, on_step=bar.update))
             except ValueError as error:
-                words = one_line(error)
-                option = "--heads-per-group" if words.startswith("heads_per_group") else "CAPTURE"
-                raise UsageError(f"{option}: {words}") from error
+                argument, _, rest = (words := one_line(error)).partition(": ")
+                named = {"heads_per_group": f"--heads-per-group: {rest}", "captures": f"CAPTURE: {rest}"}
+                raise UsageError(named.get(argument, f"CAPTURE: {words}")) from error
     return found
 
 

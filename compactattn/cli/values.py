@@ -10,7 +10,8 @@ from compactattn.cli.output import UsageError
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def integer(name: str, text: str, valid: Sequence[int]) -> int:
+def integer(name: str, text: str, valid: Sequence[int], *, word: str | None = None) -> int:
+    """An integer that is valid; word: what the caller accepts besides, for the refusal to name."""
     try:
         value = int(text)
     except ValueError:
@@ -20,7 +21,8 @@ def integer(name: str, text: str, valid: Sequence[int]) -> int:
             choices = f"an integer from {valid[0]} to {valid[-1]}"
         else:
             choices = "one of " + ", ".join(map(str, valid))
-        raise UsageError(f"{name}: expected {choices}, got {text!r}")
+        also = "" if word is None else f"{word}, or "
+        raise UsageError(f"{name}: expected {also}{choices}, got {text!r}")
     return value
 
 
