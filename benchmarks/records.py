@@ -13,6 +13,7 @@ from benchmarks.measure import rows_of
 Record = dict[str, Any]
 
 DENSE = ("dense cuDNN", "dense CPU SDPA")
+OF_RUN = ("started", "environment", "ceilings", "seconds")
 
 
 def load(path: Path) -> Record:
@@ -20,15 +21,48 @@ def load(path: Path) -> Record:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a result of `python -m benchmarks latency`.
+        ValueError: not a result of `python -m benchmarks latency`, or one that lacks something.
     """
     result = read(path, "latency")
     if result.get("kind") is not None or result.get("schema") not in (1, 2) or "cases" not in result:
         raise ValueError(f"{path}: expected a latency result of schema 1 or 2, got something else")
     if result["schema"] == 1:  # one run, written at the top
-        names = ("started", "environment", "ceilings", "seconds")
-        result["runs"] = [{name: result[name] for name in names}]
+        check_fields(path, result, OF_RUN)
+        result["runs"] = [{name: result[name] for name in OF_RUN}]
+    check_timed(path, result)
     return result
+
+
+def check_fields(path: Path, record: object, names: Iterable[str], where: str = "the result") -> None:
+    """Refuse what is no JSON object with these names; `where` says which part of the file it is."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected {where} to be an object, got {type(record).__name__}")
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise ValueError(f"{path}: expected {where} to have {', '.join(missing)}, got none")
+
+
+def check_timed(path: Path, result: Record) -> None:
+    """What the report of any timed cases begins with is there: the result's head, its runs, and the heads of its cases.
+
+    Raises:
+        ValueError: something is missing; the message names it.
+    """
+    check_fields(path, result, ("preset", "protocol", "notes", "runs", "cases"))
+    check_runs(path, result, OF_RUN)
+    if not isinstance(result["cases"], list):
+        raise ValueError(f"{path}: expected cases to be a list, got {type(result['cases']).__name__}")
+    for n, record in enumerate(result["cases"]):
+        check_fields(path, record, ("name", "case", "status"), f"cases[{n}]")
+
+
+def check_runs(path: Path, result: Record, names: Iterable[str]) -> None:
+    """Refuse a result without runs, or with one that lacks some of these names or does not say where it ran."""
+    if not isinstance(result["runs"], list) or not result["runs"]:
+        raise ValueError(f"{path}: expected runs to be a list of at least one, got {result['runs']!r:.40}")
+    for n, run in enumerate(result["runs"]):
+        check_fields(path, run, names, f"runs[{n}]")
+        check_fields(path, run["environment"], ("gpu",), f"the environment of runs[{n}]")
 
 
 def read(path: Path, command: str) -> Record:
@@ -36,12 +70,14 @@ def read(path: Path, command: str) -> Record:
 
     Raises:
         FileNotFoundError: no such file; the message names the command that makes one.
-        ValueError: not JSON.
+        ValueError: not JSON, or no file that can be read.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a result of `python -m benchmarks {command}`, got no file")
     try:
         result = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that can be read, got: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got: {error}") from error
     return result if isinstance(result, dict) else {}

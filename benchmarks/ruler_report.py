@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from benchmarks.published import PAPER_RULER
-from benchmarks.records import Record, read_kind, table, tokens
+from benchmarks.records import Record, check_fields, read_kind, table, tokens
 
 #: All thirteen tasks, as the harness names them.
 RULER_TASKS = (
@@ -31,9 +31,12 @@ def load(path: Path) -> Record:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a result of `python -m benchmarks ruler`.
+        ValueError: not a result of `python -m benchmarks ruler`, or one that lacks something.
     """
-    return read_kind(path, "ruler", 1)
+    result = read_kind(path, "ruler", 1)
+    check_fields(path, result, ("settings", "cells", "absent"))
+    check_fields(path, result["settings"], ("model", "limit", "chunk", "tasks"), "settings")
+    return result
 
 
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:

@@ -169,6 +169,40 @@ def test_a_result_of_the_first_schema_can_still_be_read(result: Path, tmp_path: 
     assert "Whole prompts" in markdown(load(old), [])
 
 
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_result_that_lacks_something_is_refused_by_name(
+    schema: int, result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(result.read_text())
+    head, of_run = ("preset", "protocol", "notes"), ("started", "environment", "ceilings", "seconds")
+    spoiled: list[tuple[dict[str, Any], str]]
+    if schema == 1:
+        (run,) = found.pop("runs")
+        found = {**found, **run, "schema": 1}
+        spoiled = [(without(found, name), f"expected the result to have {name}") for name in (*head, *of_run)]
+    else:
+        spoiled = [(without(found, name), f"expected the result to have {name}") for name in (*head, "runs")]
+        runs = [([without(found["runs"][0], name)], f"expected runs[0] to have {name}") for name in of_run]
+        runs += [([], "expected runs to be a list of at least one, got []"), ({}, "expected runs to be a list")]
+        runs += [(found["runs"] * 2 + [3], "expected runs[2] to be an object, got int")]
+        spoiled += [(found | {"runs": its}, words) for its, words in runs]
+        spoiled += [(found | {"cases": {}}, "expected cases to be a list, got dict")]
+    case = without(found["cases"][-1], "status")
+    spoiled += [(found | {"cases": [case]}, "expected cases[0] to have status")]
+    path = tmp_path / "spoiled.json"
+    for content, words in spoiled:
+        path.write_text(json.dumps(content))
+        assert main(["report", str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"python -m benchmarks: {path}: {words}"), line
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def without(record: dict[str, Any], name: str) -> dict[str, Any]:
+    assert name in record
+    return {key: value for key, value in record.items() if key != name}
+
+
 def test_committed_results_are_green() -> None:
     paths = list(RESULTS.glob("latency-*.json"))
     assert paths
@@ -278,6 +312,7 @@ def test_a_spent_budget_is_reported(tmp_path: Path) -> None:
         (["latency", "--preset", "cpu", "--cases", "nothing"], "got no match"),
         (["latency", "--preset", "cpu", "--only", "prompts"], "expected some of step"),
         (["report", "/nowhere.json"], "got no file"),
+        (["report", str(RESULTS)], "expected a file that can be read, got: Is a directory"),
         pytest.param(
             ["latency", "--preset", "h200"],
             "expected a CUDA device",

@@ -587,6 +587,13 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"kind": "latency"}')
     with pytest.raises(ValueError, match="expected a fidelity result of schema 1, got something else"):
         findings.load(tmp_path / "x.json")
+    head = {"kind": "fidelity", "schema": 1, **dict.fromkeys(("preset", "protocol", "model", "rows", "hidden"))}
+    (tmp_path / "x.json").write_text(json.dumps(head))
+    with pytest.raises(ValueError, match="expected the result to have cells, absent, runs, got none"):
+        findings.load(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text(json.dumps(head | {"cells": [], "absent": {}, "runs": [{"environment": {}}]}))
+    with pytest.raises(ValueError, match=r"expected runs\[0\] to have not_run, got none"):
+        findings.load(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json: expected JSON, got"):
         findings.load(tmp_path / "x.json")

@@ -54,6 +54,12 @@ def test_a_part_of_the_tasks_is_not_passed_off_as_the_whole(tmp_path: Path, caps
     assert "| dense | 100.00 |" in words
     path.write_text('{"kind": "ruler", "schema": 2}')
     assert main(["report", str(path)]) == 2
+    path.write_text('{"kind": "ruler", "schema": 1, "cells": [], "settings": {}}')
+    with pytest.raises(ValueError, match="expected the result to have absent, got none"):
+        ruler_report.load(path)
+    path.write_text('{"kind": "ruler", "schema": 1, "cells": [], "settings": {}, "absent": {}}')
+    with pytest.raises(ValueError, match="expected settings to have model, limit, chunk, tasks, got none"):
+        ruler_report.load(path)
     with pytest.raises(FileNotFoundError, match="expected a result of `python -m benchmarks ruler`, got no file"):
         ruler_report.load(tmp_path / "absent.json")
 

@@ -603,5 +603,7 @@ def test_what_is_missing_is_named(
     assert main(["report", str(other)]) == 2
     assert "expected a ttft result of schema 1" in capsys.readouterr().err
     other.write_text(json.dumps({"kind": "ttft", "schema": 1, "cases": []}))
+    assert main(["report", str(other)]) == 2
+    assert "expected the result to have preset, protocol, notes, runs, got none" in capsys.readouterr().err
     with pytest.raises(ValueError, match="expected a latency result"):
         load(other)

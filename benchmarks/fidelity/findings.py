@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA
-from benchmarks.records import Record, read_kind
+from benchmarks.records import Record, check_fields, check_runs, read_kind
 from benchmarks.testbed.intervals import bootstrap_means, bootstrap_ratio, wilson
 from benchmarks.testbed.tasks import ANSWER_WORDS
 
@@ -30,9 +30,12 @@ def load(path: Path) -> Record:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a result of `python -m benchmarks fidelity`.
+        ValueError: not a result of `python -m benchmarks fidelity`, or one that lacks something.
     """
-    return read_kind(path, "fidelity", 1)
+    result = read_kind(path, "fidelity", 1)
+    check_fields(path, result, ("preset", "protocol", "model", "rows", "cells", "hidden", "absent", "runs"))
+    check_runs(path, result, ("environment", "not_run"))
+    return result
 
 
 @dataclass(frozen=True, eq=False)

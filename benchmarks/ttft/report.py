@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from benchmarks.published import PAPER_END_TO_END, PAPER_END_TO_END_SOURCE
-from benchmarks.records import Record, cell, environment_of, of_kind, read_kind, table, tokens
+from benchmarks.records import Record, cell, check_timed, environment_of, of_kind, read_kind, table, tokens
 from benchmarks.report import written
 from benchmarks.report_prompts import Prompt, mask_density, prompts, row_names, time_of, total, union_growth
 from benchmarks.ttft import figure, findings
@@ -16,6 +16,7 @@ from benchmarks.ttft.cases import SPARSE
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     """Write NAME.md and, where a prompt was measured, NAME.png of a result NAME.json; where they went."""
     result = read_kind(path, "ttft", 1)
+    check_timed(path, result)
     out = path.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     pictures = [out / f"{path.stem}.png"] if of_kind(result, "prompt") else []
