@@ -21,8 +21,8 @@ from compactattn.validation import (
 def check(kv: PagedKV, batch: PrefillBatch, table: BlockTable | None = None, q: torch.Tensor | None = None) -> None:
     """Read lengths, page ids and tables on the host and refuse what the kernels would silently follow.
 
-    Synchronises; meant for debugging and tests. Entries in the unused tail of the page table or of a row are
-    ignored, as the kernels ignore them.
+    Synchronises, so call it outside of what `torch.compile` compiles and CUDA graphs capture; meant for debugging and
+    tests. Entries in the unused tail of the page table or of a row are ignored, as the kernels ignore them.
 
     Raises:
         ValueError: a decreasing `cu_seqlens_q` or one that does not start at 0, more queries than keys, lengths above
@@ -33,6 +33,7 @@ def check(kv: PagedKV, batch: PrefillBatch, table: BlockTable | None = None, q: 
 
     A sliding window changes nothing here: a table lists the whole current region, and attention masks it.
     """
+    check_record("kv", kv, "PagedKV")
     check_cache(kv, batch, kv.k.device)
     _check_lengths(kv, batch)
     _check_pages(kv, batch)
