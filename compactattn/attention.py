@@ -11,7 +11,16 @@ from compactattn import operators
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
 from compactattn.features import PLAIN, Features, check_correctable, check_features
-from compactattn.validation import check_out, check_queries, check_summary, check_table, fail, resolve_scale
+from compactattn.validation import (
+    check_flag,
+    check_no_gradients,
+    check_out,
+    check_queries,
+    check_summary,
+    check_table,
+    fail,
+    resolve_scale,
+)
 
 
 @overload
@@ -89,13 +98,15 @@ def attend(
         `cu_seqlens_q[B]` are unspecified. Accumulation is in float32; float32 inputs use IEEE products.
 
     Raises:
-        ValueError: wrong shape, dtype, device or stride, inputs that require gradients, or a backend that cannot
+        ValueError: wrong shape, dtype, device or stride, tensors that require gradients, or a backend that cannot
             run, before anything runs.
     """
     if torch.compiler.is_compiling():
         model = {"softcap": softcap, "window": window, "sinks": sinks}
         how = {"scale": scale, "correction": correction, "return_lse": return_lse, "out": out, "backend": backend}
         return operators.call("attend", q=q, kv=kv, batch=batch, table=table, **model, **how)
+    check_flag("return_lse", return_lse)
+    check_no_gradients("out", out)
     check_queries(q, kv, batch)
     check_table(table, q, kv, batch)
     features = check_features(softcap, window, sinks, q)

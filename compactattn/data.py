@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
+from compactattn.paging import page_strides
 from compactattn.validation import (
     BLOCK_SIZES,
     DTYPES,
@@ -20,8 +21,12 @@ from compactattn.validation import (
     HEAD_DIMS,
     MAX_LEN,
     QUERY_BLOCKS,
+    as_ints,
     check_choice,
+    check_contiguous,
+    check_device,
     check_int,
+    check_kv_heads,
     check_same_device,
     check_scales,
     check_shape,
@@ -66,31 +71,29 @@ class PrefillBatch:
         if self.max_q_len > self.max_seq_len:
             raise fail("max_q_len", f"at most max_seq_len {self.max_seq_len}", self.max_q_len)
         for name, tensor in (("cu_seqlens_q", self.cu_seqlens_q), ("seq_lens", self.seq_lens)):
-            if not tensor.is_contiguous():
-                raise fail(name, "a contiguous tensor", f"strides {tensor.stride()}")
+            check_contiguous(name, tensor)
         if self.prompt_lens is not None:
             check_tensor("prompt_lens", self.prompt_lens, ndim=1, dtype=torch.int32)
             check_shape("prompt_lens", self.prompt_lens, (requests,), "one per request")
             check_same_device("prompt_lens", self.prompt_lens, self.cu_seqlens_q.device)
-            if not self.prompt_lens.is_contiguous():
-                raise fail("prompt_lens", "a contiguous tensor", f"strides {self.prompt_lens.stride()}")
+            check_contiguous("prompt_lens", self.prompt_lens)
 
     @classmethod
     def from_lens(
         cls,
-        q_lens: Sequence[int],
-        seq_lens: Sequence[int],
+        q_lens: Sequence[SupportsIndex],
+        seq_lens: Sequence[SupportsIndex],
         device: torch.device | str = "cpu",
-        prompt_lens: Sequence[int] | None = None,
+        prompt_lens: Sequence[SupportsIndex] | None = None,
     ) -> PrefillBatch:
-        """Build a batch from Python ints; the bounds are the largest lengths.
+        """Build a batch from lists of ints, NumPy's among them; the bounds are the largest lengths.
 
         Raises:
-            ValueError: lists of different length, a negative length, `q_len > seq_len`, `seq_len > prompt_len`.
+            ValueError: lists of different length, a negative length, `q_len > seq_len`, `seq_len > prompt_len`, or a
+                device that is not here.
         """
-        for name, lens in (("q_lens", q_lens), ("seq_lens", seq_lens), ("prompt_lens", prompt_lens)):
-            if not isinstance(lens, Sequence) and not (lens is None and name == "prompt_lens"):
-                raise fail(name, "a list of ints", type(lens).__name__)
+        device = check_device("device", device)
+        q_lens, seq_lens = as_ints("q_lens", q_lens), as_ints("seq_lens", seq_lens)
         if len(q_lens) != len(seq_lens):
             raise fail("seq_lens", f"{len(q_lens)} entries, as in q_lens", len(seq_lens))
         if not q_lens:
@@ -102,18 +105,19 @@ class PrefillBatch:
                 raise fail(f"q_lens[{b}]", f"at most seq_lens[{b}] = {seq_len}", q_len)
         prompts = None
         if prompt_lens is not None:
+            prompt_lens = as_ints("prompt_lens", prompt_lens)
             if len(prompt_lens) != len(seq_lens):
                 raise fail("prompt_lens", f"{len(seq_lens)} entries, as in seq_lens", len(prompt_lens))
             for b, (seq_len, prompt_len) in enumerate(zip(seq_lens, prompt_lens, strict=True)):
                 check_int(f"prompt_lens[{b}]", prompt_len, seq_len)
-            prompts = torch.tensor(list(prompt_lens), dtype=torch.int32, device=device)
+            prompts = torch.tensor(prompt_lens, dtype=torch.int32, device=device)
         starts = [0]
         for q_len in q_lens:
             starts.append(starts[-1] + q_len)
         check_int("the sum of q_lens", starts[-1], 0)
         return cls(
             cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=device),
-            seq_lens=torch.tensor(list(seq_lens), dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
             max_q_len=max(q_lens),
             max_seq_len=max(seq_lens),
             prompt_lens=prompts,
@@ -148,8 +152,9 @@ class PagedKV:
     """A paged KV cache, read in place.
 
     Attributes:
-        k, v: [num_pages, page_size, Hkv, D], float16, bfloat16, float32 or float8_e4m3fn; any strides, last dimension
-            contiguous. Token-major (NHD) and head-major (HND) caches are both views of this shape.
+        k, v: [num_pages, page_size, Hkv, D], float16, bfloat16, float32 or float8_e4m3fn; float64 for exact references
+            in plain PyTorch, which the stages refuse. Any strides with a contiguous last dimension: token-major (NHD)
+            and head-major (HND) caches are both views of this shape.
         page_table: int32 [B, max_pages]; page n of request b holds its tokens `n * page_size` onwards.
         k_scale, v_scale: for a float8_e4m3fn cache, and only for one: float32 [Hkv] each, what a stored number of a
             KV head is multiplied by, above 0; any stride, so that `scale.expand(Hkv)` gives all heads the same.
@@ -169,8 +174,9 @@ class PagedKV:
         check_tensor("k", self.k, ndim=4)
         check_tensor("v", self.v, ndim=4)
         check_tensor("page_table", self.page_table, ndim=2, dtype=torch.int32)
-        if self.k.dtype not in (*DTYPES, FP8, torch.float64):  # float64 for the reference alone
-            raise fail("k", "dtype float16, bfloat16, float32 or float8_e4m3fn", self.k.dtype)
+        if self.k.dtype not in (*DTYPES, FP8, torch.float64):
+            wanted = "dtype float16, bfloat16, float32 or float8_e4m3fn (float64 for references alone)"
+            raise fail("k", wanted, self.k.dtype)
         if self.v.shape[-1] != self.k.shape[-1]:
             raise fail("v", f"value dimension {self.k.shape[-1]}, the same as k's", self.v.shape[-1])
         check_shape("v", self.v, tuple(self.k.shape), "that of k")
@@ -225,12 +231,12 @@ class PagedKV:
         if requests < 1 or length < 1:
             raise fail("k", "at least one request and one token", f"shape {tuple(k.shape)}")
         pages = -(-length // page_size)
-        paging = _page_strides(k, v, page_size) if length % page_size == 0 else None
+        paging = page_strides(k, v, page_size) if length % page_size == 0 else None
         if paging is None:
             padding = (0, 0, 0, 0, 0, pages * page_size - length)
             k = torch.nn.functional.pad(k, padding).contiguous()
             v = torch.nn.functional.pad(v, padding).contiguous()
-            paging = _page_strides(k, v, page_size)
+            paging = page_strides(k, v, page_size)
             assert paging is not None
         page_stride_k, page_stride_v, pages_per_request, step = paging
         table = (
@@ -246,27 +252,6 @@ class PagedKV:
             k_scale,
             v_scale,
         )
-
-
-def _page_strides(k: Tensor, v: Tensor, page_size: int) -> tuple[int, int, int, int] | None:
-    """See [B, L, Hkv, D] as pages: (page stride of k, page stride of v, id step per request, id step per page).
-
-    The page stride is the greatest common divisor of the distance between requests and that between pages, so
-    every page of every request has an id; None where k and v would need different ids.
-    """
-    requests = k.shape[0]
-    strides = []
-    for tensor in (k, v):
-        between_requests = tensor.stride(0) if requests > 1 else 0
-        between_pages = page_size * tensor.stride(1)
-        if between_pages == 0:
-            return None
-        unit = gcd(between_requests, between_pages)
-        strides.append((unit, between_requests // unit, between_pages // unit))
-    (unit_k, *ids_k), (unit_v, *ids_v) = strides
-    if ids_k != ids_v:
-        return None
-    return unit_k, unit_v, ids_k[0], ids_k[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,7 +315,7 @@ class SelectionMask:
         block_size, query_block: tokens per KV block and queries per query block.
         dense_last_blocks: the selector's setting of that name; `unite` gives the query blocks at the end of the
             prompt a table row of their own when it is positive and the batch has `prompt_lens`.
-        kv_heads: Hkv, which `unite` needs where it chooses the grouping itself; None if unknown.
+        kv_heads: Hkv, which divides Hq; `unite` checks groups against it and needs it to choose them. None if unknown.
     """
 
     mask: Tensor
@@ -343,6 +328,8 @@ class SelectionMask:
         check_tensor("mask", self.mask, ndim=4, dtype=torch.bool)
         _check_block_sizes(self.block_size, self.query_block)
         check_int("dense_last_blocks", self.dense_last_blocks, 0)
+        if self.kv_heads is not None:
+            check_kv_heads(self.kv_heads, self.mask.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,8 +380,7 @@ class BlockTable:
         check_same_device("counts", self.counts, self.indices.device)
         check_same_device("rows", self.rows, self.indices.device)
         for name, tensor in (("indices", self.indices), ("counts", self.counts), ("rows", self.rows)):
-            if not tensor.is_contiguous():
-                raise fail(name, "a contiguous tensor", f"strides {tensor.stride()}")
+            check_contiguous(name, tensor)
         _check_block_sizes(self.block_size, self.query_block)
 
 

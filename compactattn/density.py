@@ -17,6 +17,7 @@ from compactattn import operators
 from compactattn.data import BlockTable, PrefillBatch
 from compactattn.dispatch import Backend, resolve_backend
 from compactattn.validation import (
+    check_device,
     check_int,
     check_record,
     check_rows,
@@ -48,9 +49,13 @@ class DensityCounters:
 
     @classmethod
     def zeros(cls, layers: int, device: torch.device | str = "cpu") -> DensityCounters:
-        """Counters of so many layers that have counted nothing."""
+        """Counters of so many layers that have counted nothing.
+
+        Raises:
+            ValueError: no positive number of layers, or a device that is not here.
+        """
         check_int("layers", layers, 1)
-        return cls(torch.zeros((layers, 2), dtype=torch.int64, device=device))
+        return cls(torch.zeros((layers, 2), dtype=torch.int64, device=check_device("device", device)))
 
     def of_layer(self, layer: int) -> Tensor:
         """int64 [2], the counters of one layer: what `prefill(density=...)` and `count_density` add to."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from compactattn.data import BlockTable, GroupMask
-from compactattn.validation import Auto, check_kv_heads
+from compactattn.validation import Auto, check_kv_heads, fail
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,10 @@ def grouping_of(table: BlockTable | GroupMask, kv_heads: int) -> Grouping:
     Query blocks at the end of a prompt that `dense_last_blocks` gave a row of their own count as another group.
 
     Raises:
-        ValueError: a number of KV heads that does not divide the query heads.
+        ValueError: another record than these two, or a number of KV heads that does not divide the query heads.
     """
+    if not isinstance(table, (BlockTable, GroupMask)):
+        raise fail("table", "a BlockTable or a GroupMask", type(table).__name__)
     check_kv_heads(kv_heads, table.rows.shape[1])
     rows = table.rows.unflatten(1, (kv_heads, -1))
     if rows.shape[-1] == 0:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from compactattn import operators
 from compactattn.dispatch import resolve_backend
-from compactattn.validation import DTYPES, check_out, check_same_device, check_shape, check_tensor, fail
+from compactattn.validation import (
+    DTYPES,
+    check_no_gradients,
+    check_out,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    fail,
+)
 
 
 def merge_attn_states(
@@ -35,7 +43,7 @@ def merge_attn_states(
         (out [T, Hq, D], lse float32 [T, Hq]).
 
     Raises:
-        ValueError: wrong shape, dtype, device or stride, inputs that require gradients, or a backend that cannot
+        ValueError: wrong shape, dtype, device or stride, tensors that require gradients, or a backend that cannot
             run, before anything runs.
     """
     if torch.compiler.is_compiling():
@@ -56,9 +64,8 @@ def merge_attn_states(
             raise fail(name, "a contiguous last dimension (stride 1)", f"strides {value.stride()}")
         if out is not value:
             check_out(out, value, name)
-    if torch.is_grad_enabled() and any(value.requires_grad for value in (out_a, lse_a, out_b, lse_b)):
-        wanted = "tensors without gradients (inference only)"
-        raise fail("out_a, lse_a, out_b, lse_b", wanted, "requires_grad=True under grad mode")
+    check_no_gradients("out_a, lse_a, out_b, lse_b", out_a, lse_a, out_b, lse_b)
+    check_no_gradients("out", out)
     chosen = resolve_backend(backend, out_a.device, out_a.dtype)
     if out is None:
         out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)

@@ -27,7 +27,9 @@ from compactattn.union import unite
 from compactattn.validation import (
     Auto,
     check_blocks,
+    check_flag,
     check_heads_per_group,
+    check_no_gradients,
     check_out,
     check_queries,
     check_span,
@@ -88,7 +90,8 @@ def prefill(
         out [T, Hq, D], or (out, lse float32 [T, Hq]).
 
     Raises:
-        ValueError: wrong shape, dtype, device or stride, or a backend that cannot run, before anything runs.
+        ValueError: wrong shape, dtype, device or stride, tensors that require gradients, or a backend that cannot
+            run, before anything runs.
     """
     grouping = (heads_per_group, query_blocks_per_span)
     if torch.compiler.is_compiling():
@@ -98,6 +101,8 @@ def prefill(
         model = {"softcap": softcap, "window": window, "sinks": sinks}
         how = {"correction": correction, "density": density, "return_lse": return_lse, "out": out, "backend": backend}
         return operators.call("prefill", **step, **shared, **model, **how)
+    check_flag("return_lse", return_lse)
+    check_no_gradients("out", out)
     arguments = (q, kv, batch, selector, *grouping, scale, summary, correction, return_lse, out, backend)
     if softcap is not None or window is not None or sinks is not None or density is not None:
         check_tensor("q", q, ndim=3)

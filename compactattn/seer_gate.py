@@ -20,7 +20,7 @@ from compactattn.data import GateKeys, KVSummary, PagedKV, PrefillBatch
 from compactattn.dispatch import Backend
 from compactattn.selectors import SeerGate
 from compactattn.summary import empty_gate_keys
-from compactattn.validation import DTYPES, check_int, fail
+from compactattn.validation import DTYPES, check_device, check_int, check_tensor, fail
 
 _WEIGHT_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_gate\.mask_linear_k\.weight")
 
@@ -57,16 +57,18 @@ def load_seer_gates(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, a missing layer, another shape, NaN or Inf. The message names file and tensor.
+        ValueError: not such a file, a missing layer, another shape, NaN or Inf: the message names file and tensor. Or
+            an argument of another kind, or a device that is not here.
     """
     for name, value in (("layers", layers), ("heads", heads), ("head_dim", head_dim)):
         if name != "layers" or value is not None:
             check_int(name, value, 1)
+    check_tensor("inv_freq", inv_freq, ndim=1)
+    device = inv_freq.device if device is None else check_device("device", device)
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{file}: expected a file of gate weights, got no file at all")
     tensors = _read(file)
-    device = inv_freq.device if device is None else torch.device(device)
     if not tensors:
         raise fail(f"{file}", "gate weights of at least one layer", "none")
     numbers = range(layers) if layers is not None else sorted({_layer(name) for name in tensors})
@@ -105,9 +107,10 @@ def _read(file: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise fail(f"{file}", "tensors only", f"a pickle that asks for more: {error}") from error
-    except Exception as error:  # torch and safetensors raise many kinds on a damaged file
-        raise fail(f"{file}", "a checkpoint written by torch.save or safetensors", error) from error
+        raise fail(f"{file}", "tensors only", "a file that torch.load refuses with weights_only=True") from error
+    except Exception as error:  # torch and safetensors raise many kinds on a damaged file, and their words say little
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise fail(f"{file}", "a checkpoint written by torch.save or safetensors", f"something else ({why})") from error
     if not isinstance(content, dict):
         raise fail(f"{file}", "a dictionary of tensors", type(content).__name__)
     for name, value in content.items():

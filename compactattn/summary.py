@@ -12,6 +12,7 @@ from compactattn.selectors import SeerGate
 from compactattn.validation import (
     check_blocks,
     check_cache,
+    check_flag,
     check_int,
     check_readable,
     check_same_device,
@@ -70,6 +71,7 @@ def summarize(
         check_same_device("gate.inv_freq", gate.inv_freq, kv.k.device)
     check_cache(kv, batch, kv.k.device)
     check_blocks(kv, block_size)
+    check_flag("values", values)
     chosen = resolve_backend(backend, kv.k.device)
     check_cache_dtype(kv, chosen)
     if isinstance(since, Tensor):

@@ -27,9 +27,10 @@ def unite(
     Args:
         selection: bool [B, Hq, Qb, Kb].
         batch: the step that the selection was made for.
-        heads_per_group: adjacent query heads of one KV group that share a row; divides Hq. "auto" picks per
-            request and KV head, on the device, what `compactattn.grouping` predicts to be fastest (it says what that
-            costs).
+        heads_per_group: adjacent query heads that share a row. Divides Hq / Hkv, so that they lie in one KV group,
+            where the mask knows its `kv_heads` (those of `select` do); of other masks it need only divide Hq. "auto"
+            picks per request and KV head, on the device, what `compactattn.grouping` predicts to be fastest (it says
+            what that costs).
         query_blocks_per_span: adjacent query blocks that share a row; None is the whole chunk, "auto" picks one block
             or the whole chunk.
         backend: None (by device), "triton" or "numba".
@@ -42,8 +43,8 @@ def unite(
         of its others are empty; `grouping_of` tells what was picked.
 
     Raises:
-        ValueError: a mask that does not fit the batch, a group size that does not divide the heads, or "auto" for a
-            mask that does not know its `kv_heads`.
+        ValueError: a mask that does not fit the batch, a group size that does not divide the heads (of a KV group,
+            as above), or "auto" for a mask that does not know its `kv_heads`.
     """
     if torch.compiler.is_compiling():
         shared = {"heads_per_group": heads_per_group, "query_blocks_per_span": query_blocks_per_span}

@@ -7,7 +7,9 @@ for CPU tensors and by `check`. Each failure is a `ValueError` that names the ar
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Literal
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -67,6 +69,43 @@ def check_int(name: str, value: object, minimum: int) -> None:
         raise fail(name, f"an int of at most {MAX_INT}", value)
 
 
+def as_ints(name: str, values: object) -> list[int]:
+    """A sequence of whole numbers as a list of Python ints, NumPy's integers among them.
+
+    What is no whole number, and bools, stay as they are: `check_int` says which entry that is.
+    """
+    if not isinstance(values, Sequence):
+        raise fail(name, "a list of ints", type(values).__name__)
+    return [value if isinstance(value, int) else _as_int(value) for value in values]
+
+
+def _as_int(value: Any) -> Any:
+    try:
+        return value if isinstance(value, torch.Tensor) and value.dtype == torch.bool else operator.index(value)
+    except TypeError:
+        return value
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise fail(name, "True or False", repr(value))
+
+
+def check_device(name: str, value: torch.device | str) -> torch.device:
+    """A device that tensors can lie on here: the CPU, a GPU of this machine, or meta, which holds no data."""
+    wanted = "cpu, or a GPU of this machine such as cuda:0"
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise fail(name, wanted, repr(value)) from error
+    is_here = device.type in ("cpu", "meta")
+    if device.type == "cuda":  # a graph that is being made cannot count GPUs
+        is_here = torch.compiler.is_compiling() or (device.index or 0) < torch.cuda.device_count()
+    if not is_here:
+        raise fail(name, wanted, repr(value))
+    return device
+
+
 def check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
     if type(value) is not int or value not in choices:
         raise fail(name, "one of " + ", ".join(map(str, choices)), repr(value))
@@ -81,6 +120,18 @@ def check_fraction(name: str, value: object) -> None:
 def check_same_device(name: str, value: torch.Tensor, device: torch.device) -> None:
     if value.device != device:
         raise fail(name, f"device {device}, where the other tensors are", value.device)
+
+
+def check_contiguous(name: str, value: torch.Tensor) -> None:
+    if not value.is_contiguous():
+        raise fail(name, "a contiguous tensor", f"strides {value.stride()}")
+
+
+def check_no_gradients(name: str, *values: object) -> None:
+    """None of the tensors among the values wants a gradient (other values are left to other checks)."""
+    if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
+        wanted = "tensors without gradients" if len(values) > 1 else "a tensor without gradients"
+        raise fail(name, f"{wanted} (inference only)", "requires_grad=True under grad mode")
 
 
 def check_scales(k: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> None:
@@ -131,8 +182,7 @@ def check_queries(q: torch.Tensor, kv: PagedKV, batch: PrefillBatch) -> None:
     if heads // kv.num_kv_heads > MAX_HEADS_PER_KV_HEAD:
         limit = f"at most {MAX_HEADS_PER_KV_HEAD} query heads per KV head"
         raise fail("q", limit, f"{heads} over {kv.num_kv_heads} KV heads")
-    if torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad):
-        raise fail("q, k, v", "tensors without gradients (inference only)", "requires_grad=True under grad mode")
+    check_no_gradients("q, k, v", q, kv.k, kv.v)
     _check_capacity(kv, batch, q.device)
 
 
@@ -159,8 +209,7 @@ def check_readable(kv: PagedKV) -> None:
     check_record("kv", kv, "PagedKV")
     if kv.k.dtype not in (*DTYPES, FP8):
         raise fail("kv.k", "dtype float16, bfloat16, float32 or float8_e4m3fn", kv.k.dtype)
-    if torch.is_grad_enabled() and (kv.k.requires_grad or kv.v.requires_grad):
-        raise fail("k, v", "tensors without gradients (inference only)", "requires_grad=True under grad mode")
+    check_no_gradients("k, v", kv.k, kv.v)
 
 
 def check_blocks(kv: PagedKV, block_size: int) -> None:
@@ -183,10 +232,10 @@ def check_summary(
     if summary.v_mean is not None:
         check_same_device(f"{name}.v_mean", summary.v_mean, kv.k.device)
     for part, means in (("k_mean", summary.k_mean), ("v_mean", summary.v_mean)):
-        if means is not None and not means.is_contiguous():
-            raise fail(f"{name}.{part}", "a contiguous tensor", f"strides {means.stride()}")
-    if summary.gate is not None and not summary.gate.pooled.is_contiguous():
-        raise fail(f"{name}.gate.pooled", "a contiguous tensor", f"strides {summary.gate.pooled.stride()}")
+        if means is not None:
+            check_contiguous(f"{name}.{part}", means)
+    if summary.gate is not None:
+        check_contiguous(f"{name}.gate.pooled", summary.gate.pooled)
     if values and summary.v_mean is None:
         raise fail(name, "a summary with values (summarize(..., values=True))", "v_mean=None")
 
@@ -203,13 +252,10 @@ def check_grouping(
     heads = mask.mask.shape[1]
     extents = (batch.size, heads, batch.query_blocks(mask.query_block), batch.kv_blocks(mask.block_size))
     check_shape("selection.mask", mask.mask, extents, "B, Hq, Qb, Kb of the batch")
-    check_heads_per_group(heads_per_group, heads)
+    check_heads_per_group(heads_per_group, heads, None if mask.kv_heads is None else heads // mask.kv_heads)
     check_span(query_blocks_per_span)
-    if "auto" in (heads_per_group, query_blocks_per_span):
-        if mask.kv_heads is None:
-            raise fail("selection.kv_heads", "the number of KV heads, for a grouping that chooses itself", "None")
-        check_kv_heads(mask.kv_heads, heads)
-        check_heads_per_group(heads_per_group, heads, heads // mask.kv_heads)
+    if "auto" in (heads_per_group, query_blocks_per_span) and mask.kv_heads is None:
+        raise fail("selection.kv_heads", "the number of KV heads, for a grouping that chooses itself", "None")
 
 
 def check_kv_heads(kv_heads: object, heads: int) -> None:

@@ -15,15 +15,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import compactattn
-from compactattn import check
+from compactattn import DensityCounters, check, grouping_of
 from compactattn.data import BlockTable, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
 from compactattn.dispatch import resolve_backend
 from compactattn.selectors import Dense, FlashPrefill, Oracle, XAttention
@@ -216,8 +218,19 @@ CONSTRUCTORS = [
     case("seq-len", lambda: lens([1], [2**30 + 1]), "max_seq_len", "at most 1073741824 tokens", str(2**30 + 1)),
     case("int32", lambda: FlashPrefill(sink_blocks=2**31), "sink_blocks", "at most 2147483647", str(2**31)),
     case("block-float", lambda: Dense(block_size=64.0), "block_size", "one of 64, 128, 256", "64.0"),
-    case("e5m2", lambda: make_kv(dtype=torch.float8_e5m2), "k", "float32 or float8_e4m3fn", "torch.float8_e5m2"),
+    case("e5m2", lambda: make_kv(dtype=torch.float8_e5m2), "k", "(float64 for references alone)", "torch.float8_e5m2"),
     case("fp8", lambda: make_kv(dtype=torch.float8_e4m3fn), "k_scale", "a torch.Tensor", "NoneType"),
+    case("lens-bool", lambda: lens([True], [1]), "q_lens[0]", "an int of at least 0", "True"),
+    case("lens-true", lambda: lens([1], [np.True_]), "seq_lens[0]", "an int of at least 0", "np.True_"),
+    case("lens-mask", lambda: lens([torch.tensor(True)], [1]), "q_lens[0]", "an int of at least 0", "tensor(True)"),
+    case("lens-word", lambda: lens([1], [1], "cpu", "1"), "prompt_lens[0]", "an int of at least 1", "'1'"),
+    case("lens-device", lambda: lens([1], [1], "bogus"), "device", "cpu, or a GPU of this machine", "'bogus'"),
+    case("lens-gpu", lambda: lens([1], [1], "cuda:99"), "device", "cpu, or a GPU of this machine", "'cuda:99'"),
+    case("counters-device", lambda: DensityCounters.zeros(1, None), "device", "cpu, or a GPU", "None"),
+    case("kv-heads", lambda: make_mask(kv_heads=3), "kv_heads", "a divisor of the 2 query heads", "3"),
+    *(case(f"kv-heads-{n!r}", partial(make_mask, kv_heads=n), "kv_heads", "at least 1", repr(n)) for n in (0, -1, "x")),
+    case("grouping-of-none", lambda: grouping_of(None, 2), "table", "a BlockTable or a GroupMask", "NoneType"),
+    case("grouping-of-mask", lambda: grouping_of(make_mask(), 2), "table", "a BlockTable or", "SelectionMask"),
     case("oracle-neither", Oracle, "Oracle", "exactly one of mass and top_k", "mass=None, top_k=None"),
     case("oracle-both", lambda: Oracle(0.5, 3), "Oracle", "exactly one of mass and top_k", "mass=0.5, top_k=3"),
 ]
@@ -234,6 +247,21 @@ SETTINGS += [(make, "query_block", "one of 64, 128", 256) for make in SIZED]
 def test_block_sizes_and_common_settings(make: Callable[..., Any], name: str, expected: str, value: int) -> None:
     with refused(name, expected, str(value)):
         make(**{name: value}, **({"top_k": 1} if make is Oracle else {}))
+
+
+def test_lengths_of_any_integer_type() -> None:
+    batch = lens([np.int64(5), torch.tensor(3)], (np.uint8(200), 40), prompt_lens=[np.array(200), np.int32(41)])
+    assert (batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist()) == ([0, 5, 8], [200, 40])
+    assert batch.prompt_lens is not None
+    assert batch.prompt_lens.tolist() == [200, 41]
+    assert [type(bound) for bound in (batch.max_q_len, batch.max_seq_len)] == [int, int]
+
+
+def test_outputs_that_want_gradients_are_taken_where_none_are_made() -> None:
+    arguments = make_arguments() | {"out": full(8, 2, 64).requires_grad_()}
+    with torch.no_grad():
+        for stage in OUT_STAGES:
+            call(stage, arguments)
 
 
 def queries(*shape: int, dtype: torch.dtype = SINGLE, device: str = "cpu") -> dict[str, Any]:
@@ -263,6 +291,26 @@ STAGE_CASES = [
     *on(SUMMARY_STAGES, "summary-flag", {"summary": True}, "summary", "a KVSummary", "bool"),
     *on(("attend",), "table-groups", {"table": make_groups()}, "table", "a BlockTable", "GroupMask"),
     *on(("unite",), "selection-tensor", {"selection": make_mask().mask}, "selection", "a SelectionMask", "Tensor"),
+    *on(
+        ("build_table",),
+        "no-rows",
+        {"groups": make_groups(keep=zeros(0, 4).bool())},
+        "groups.keep",
+        "at least the rows that groups.rows uses",
+        "none",
+    ),
+    *on(
+        ("unite",),
+        "beyond-a-kv-head",
+        {"selection": make_mask(kv_heads=2), "heads_per_group": 2},
+        "heads_per_group",
+        "a divisor of the 1 query heads per KV head",
+        "2",
+    ),
+    *on(OUT_STAGES, "lse-flag", {"return_lse": "yes"}, "return_lse", "True or False", "'yes'"),
+    *on(("summarize",), "values-flag", {"values": "yes"}, "values", "True or False", "'yes'"),
+    *on(("summarize",), "values-number", {"values": 1, "summary": None}, "values", "True or False", "1"),
+    *on(OUT_STAGES, "out-grad", {"out": full(8, 2, 64).requires_grad_()}, "out", "a tensor without gradients", GRAD[1]),
     *on(("build_table",), "groups-mask", {"groups": make_mask()}, "groups", "a GroupMask", "SelectionMask"),
     *on(Q_STAGES, "q-short", queries(7, 2, 64), "q", "at least the 8 rows of batch.cu_seqlens_q[-1]", "7 rows"),
     *on(OUT_STAGES, "out-in-q", {"q": INSIDE[:8], "out": INSIDE[1:]}, "out", "memory apart from q's", "an overlap"),
@@ -377,6 +425,7 @@ def rows(*values: int) -> dict[str, Any]:
 
 START, ROW = "batch.cu_seqlens_q", "table.indices[0]"
 CHECKS = [
+    case("kv-none", {"kv": None}, "kv", "a PagedKV", "NoneType"),
     case("page-negative", page(0, 3, -1), "kv.page_table[0, 3]", "a page id from 0 to 25", "-1"),
     case("page-too-large", page(1, 2, 26), "kv.page_table[1, 2]", "a page id from 0 to 25", "26"),
     case("starts-at-1", lengths((1, 5, 8)), START + "[0]", "0", "1"),

@@ -156,6 +156,7 @@ def test_sinks_are_a_state_without_output(backend: Backend) -> None:
         ),
         ({"out": torch.zeros(4, 2, 16).half()}, "out: expected dtype torch.float32, got torch.float16"),
         ({"out_a": torch.zeros(4, 2, 16, requires_grad=True)}, "out_a, .*: expected tensors without gradients"),
+        ({"out": torch.zeros(4, 2, 16, requires_grad=True)}, "out: expected a tensor without gradients"),
         ({"backend": "cuda"}, "backend: expected None, 'triton' or 'numba', got 'cuda'"),
     ],
     ids=str,

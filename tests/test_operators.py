@@ -27,6 +27,7 @@ from compactattn import (
     XAttention,
     operators,
 )
+from compactattn.validation import check_device
 from tests.strategies import gate_weights
 
 RULES: dict[str, Any] = {"block_size": 64, "query_block": 64, "sink_blocks": 0, "window_blocks": 0}
@@ -338,3 +339,17 @@ def test_the_benchmark_of_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None
     result = operator_cost.measured("cpu", 20)
     assert set(result["stages"]) == {name for name, _ in calls().values()}
     assert 0 < result["eager_adds_us"] < result["goal_us"] == 6.0
+
+
+def test_what_makes_records_runs_inside_graphs() -> None:
+    """`from_lens` and counters of nothing; a graph that is being made cannot ask how many GPUs there are."""
+
+    def step(lens: Tensor, q_len: int) -> tuple[Tensor, Tensor, str]:
+        batch = PrefillBatch.from_lens([q_len, 1], [q_len + 3, 5], device=lens.device)
+        counters = DensityCounters.zeros(2, device=lens.device)
+        return batch.seq_lens + lens, counters.counts, str(check_device("device", "cuda:0"))
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for q_len in (3, 4, 5):
+        lens, counts, device = compiled(torch.zeros(2, dtype=torch.int32), q_len)
+        assert (lens.tolist(), counts.tolist(), device) == ([q_len + 3, 5], [[0, 0]] * 2, "cuda:0")

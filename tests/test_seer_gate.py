@@ -407,7 +407,9 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, how: str
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match="expected "):
+    with pytest.raises(
+        ValueError, match=r"expected tensors only, got a file that torch\.load refuses with weights_only=True$"
+    ):
         load_seer_gates(path, inv_freq=torch.ones(32), **MODEL)
     assert not proof.exists()
     torch.load(path, weights_only=False) if how == "torch" else pickle.loads(path.read_bytes())
@@ -418,9 +420,16 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, how: str
 @pytest.mark.parametrize("data", [b"", b"not weights", b"\x80\x02K\x01."], ids=["empty", "text", "a number"])
 def test_other_files_are_refused(tmp_path: Path, file: str, data: bytes) -> None:
     (tmp_path / file).write_bytes(data)
-    with pytest.raises(ValueError, match=f"{file}: expected "):
+    what = r"(something else \(\w+\)|a file that torch.load refuses with weights_only=True|int)"
+    with pytest.raises(ValueError, match=f"{file}: expected .+, got {what}$"):
         load_seer_gates(tmp_path / file, inv_freq=torch.ones(32), **MODEL)
     with pytest.raises(FileNotFoundError, match="absent: expected a file of gate weights"):
         load_seer_gates(tmp_path / "absent", inv_freq=torch.ones(32), **MODEL)
     with pytest.raises(ValueError, match="layers: expected an int of at least 1, got 0"):
         load_seer_gates(tmp_path / file, inv_freq=torch.ones(32), **(MODEL | {"layers": 0}))
+    for given, words in (
+        ({"inv_freq": None}, "inv_freq: expected a torch.Tensor, got NoneType"),
+        ({"device": "bogus"}, "device: expected cpu, or a GPU of this machine such as cuda:0, got 'bogus'"),
+    ):
+        with pytest.raises(ValueError, match=words):  # before the file is looked at
+            load_seer_gates(tmp_path / "absent", **({"inv_freq": torch.ones(32)} | MODEL | given))

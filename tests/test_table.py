@@ -15,7 +15,8 @@ from tests.laws import entries
 def groups_of(rows: int, blocks: int, density: float, seed: int, device: str) -> GroupMask:
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand((rows, blocks), generator=generator) < density
-    use = torch.randint(0, max(1, rows), (2, 3, 4), generator=generator, dtype=torch.int32)
+    q_blocks = 4 if rows else 0  # without a query there is no row
+    use = torch.randint(0, max(1, rows), (2, 3, q_blocks), generator=generator, dtype=torch.int32)
     return GroupMask(keep.to(device), use.to(device), 64, 128)
 
 
