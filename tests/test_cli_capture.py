@@ -229,6 +229,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "out into nowhere": (["--out", "/no/such/folder/x"], ("--out: expected a file in a writable directory",)),
     "out onto a folder": (["--out", "{folder}"], ("--out: expected a file in a writable directory",)),
     "out onto a device": (["--out", "/dev/null"], ("--out: expected a file in a writable directory",)),
+    "out onto the weights": (["--out", "{folder}/Llama/config.json"], ("--out: expected a file that is not read",)),
     "out onto the text": (["--out", "{folder}/../{name}/text"], ("--out: expected a file that is not read",)),
     "no weights": (["--model", "{folder}/bare"], ("--model: expected a causal language model", "bare")),
     "spoiled weights": (["--model", "{folder}/spoiled"], ("--model: expected a causal language model", "spoiled")),

@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan from the configuration and the text, refuse what cannot be, then load the weights and record."""
-    check_file_target("--out", arguments.out, spared=[arguments.text])
+    model = Path(arguments.model)
+    check_file_target("--out", arguments.out, spared=[arguments.text, *(model.iterdir() if model.is_dir() else ())])
     limit = size("--max-size", arguments.max_size)
     text = _read(arguments.text)
     try:
