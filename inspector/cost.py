@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import median
 
 import numpy as np
 
+from benchmarks import records
 from benchmarks.cases import Shape, dense_bytes, dense_flops, table_bytes, table_flops
 from inspector.model import Reading
 from inspector.sources import Step
@@ -144,15 +144,21 @@ def load_measured(path: Path = RESULTS) -> Measured:
     Raises:
         FileNotFoundError, ValueError: no such file, or another layout.
     """
+    result = records.load(path)
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        environment = report["environment"]
-        ceilings = Ceilings(report["ceilings"]["matmul_tflops"], report["ceilings"]["copy_tbps"])
-        rows = [row for case in report["cases"] for row in _case_rows(case, ceilings)]
+        environment = records.environment_of(result)
+        ceilings = _ceilings(result["runs"][-1]["ceilings"])
+        rows = [
+            row for case in result["cases"] for row in _case_rows(case, _ceilings(records.ceilings_of(result, case)))
+        ]
         versions = f"torch {environment['torch']}, Triton {environment['triton']}"
         return Measured(environment["gpu"], versions, ceilings, tuple(rows))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a report of `python -m benchmarks latency`, got {error!r}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a result of `python -m benchmarks latency`, got {error!r}") from error
+
+
+def _ceilings(measured: dict) -> Ceilings:
+    return Ceilings(measured["matmul_tflops"], measured["copy_tbps"])
 
 
 def _case_rows(case: dict, ceilings: Ceilings) -> list[MeasuredRow]:

@@ -258,17 +258,16 @@ def test_roofline_and_measured_results():
     assert ceilings.time_ms(1e12, 1e6) == pytest.approx(2.0)
     assert ceilings.time_ms(1e9, 8e9) == pytest.approx(2.0)
     measured = cost.load_measured()
-    report = json.loads(cost.RESULTS.read_text())
-    assert measured.gpu == report["environment"]["gpu"]
-    case = report["cases"][0]
+    result = json.loads(cost.RESULTS.read_text())
+    (run,) = result["runs"]
+    assert measured.gpu == run["environment"]["gpu"]
+    case = result["cases"][0]
     rows = {row.name: row for row in measured.rows if row.case == case["name"]}
     for row in case["rows"]:
         if row["name"] in rows:
             found = rows[row["name"]]
             assert found.p50_ms == row["times"]["graph"]["p50_ms"]
-            bound = max(
-                row["flops"] / report["ceilings"]["matmul_tflops"], row["bytes"] / report["ceilings"]["copy_tbps"]
-            )
+            bound = max(row["flops"] / run["ceilings"]["matmul_tflops"], row["bytes"] / run["ceilings"]["copy_tbps"])
             assert found.roofline_ms == pytest.approx(bound / 1e9)
     assert {"dense cuDNN", "attend 1x1", "attend 4xchunk"} <= set(rows)
     assert "select" not in rows
@@ -280,7 +279,7 @@ def test_other_files_are_no_results(tmp_path):
     file = tmp_path / "report.json"
     for text in ("{", "[]", '{"environment": {}}'):
         file.write_text(text)
-        with pytest.raises(ValueError, match="expected a report"):
+        with pytest.raises(ValueError, match="expected"):
             cost.load_measured(file)
 
 
