@@ -142,7 +142,7 @@ def _table_of(prompt: Prompt) -> list[str]:
                     total(chunks, dense) / total(chunks, name),
                     f"{worst:.2f} at {tokens(where)}" if where else "-",
                     total(chunks, f"select_table {grouping}") / total(chunks, name),
-                    f"{mask_density(chunks):.1%}",
+                    "-" if math.isnan(mask_density(chunks)) else f"{mask_density(chunks):.1%}",
                     union_growth(chunks, grouping),
                 )
             )
