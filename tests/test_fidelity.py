@@ -33,6 +33,9 @@ ROWS = {row.name: row for row in plans.preset("h200").rows}
 UNSHARED, WIDE = plans.sweep(plans.UNSHARED, "FlashPrefill", "alpha", {0.8: 1, 0.08: 1})
 (PAPER,) = plans.sweep(plans.PAPER.format(4), "FlashPrefill", "alpha", {0.8: 1}, heads=4, span=None)
 (CORRECTED,) = plans.sweep(f"{plans.UNSHARED} + mean correction", "FlashPrefill", "alpha", {0.5: 2}, correction=True)
+GATED = next(row for row in ROWS.values() if row.selector == "SeerGate")
+SWEEP = (ROWS["QUOKA: kv_ratio 0.25"], ROWS["QUOKA: kv_ratio 0.1"])
+FEW = {"alpha": 0.8, "sink_blocks": 0, "window_blocks": 1}
 LIBRARY_DENSE, FULL_QUOKA = ROWS["dense through the library"], Row("all", QUOKA, "quoka", settings={"kv_ratio": 1.0})
 
 
@@ -225,7 +228,7 @@ def test_bits_are_those_of_the_model_and_separators_do_not_count(methods: Method
 
 @pytest.fixture(scope="module")
 def probed(methods: Methods, source: TaskSource) -> dict[str, dict[str, Any]]:
-    windows = [source.example("frequent_words", "test", CONTEXT, 0).window]
+    windows = {"frequent_words": [source.example("frequent_words", "test", CONTEXT, 0).window]}
     rows = [LIBRARY_DENSE, ROWS[CONTROL], PAPER, replace(PAPER, name="half", dense_layers=1), FULL_QUOKA]
     rows += [replace(FULL_QUOKA, name="third", settings={"kv_ratio": 0.3})]
     rows += [replace(UNSHARED, name=f"corrected {yes}", correction=yes) for yes in (False, True)]
@@ -269,9 +272,37 @@ def test_a_probe_sees_what_the_library_runs(methods: Methods, source: TaskSource
         expected = prefill(methods.model, torch.from_numpy(window)[None], cache, CHUNK)
     seen: list[torch.Tensor] = []
     hook = methods.model.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(logits))
-    probing.probe(methods, PAPER, [window], CHUNK)
+    probing.probe(methods, PAPER, {"niah_single": [window]}, CHUNK)
     hook.remove()
     torch.testing.assert_close(seen[-1][:, -1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [PAPER, replace(PAPER, settings={**FEW, **plans.LAST_BLOCKS}), SWEEP[1]],
+    ids=("paper", "end", "QUOKA"),
+)
+def test_each_kind_of_prompt_has_its_own_density(methods: Methods, source: TaskSource, row: Row) -> None:
+    """What a kind reads is what it reads alone, and the whole is their sum; QUOKA reads its ratio of every kind."""
+    windows = {kind: [source.example(kind, "test", CONTEXT, n).window for n in range(2)] for kind in NEEDLE_TASKS[:2]}
+    windows[plans.TEXT] = [source.streams["test"][:CONTEXT].astype(np.int64)]
+    together = probing.probe(methods, row, windows, CHUNK)
+    densities = {}
+    for kind, its in windows.items():
+        alone = probing.probe(methods, row, {kind: its}, CHUNK)
+        assert together["kinds"][kind] == alone["kinds"][kind]
+        read = together["kinds"][kind]["read"]
+        densities[kind] = read["sub_group_union"] / read["visible"]
+        assert alone["density"]["sub_group_union"] == pytest.approx(densities[kind], abs=1e-5)
+        assert together["kinds"][kind]["windows"] == len(its)
+    reads = [its["read"] for its in together["kinds"].values()]
+    for name in probing.STEPS:
+        share = sum(read[name] for read in reads) / sum(read["visible"] for read in reads)
+        assert together["density"][name] == pytest.approx(share, abs=1e-5)
+    if row.kind == "quoka":
+        assert list(densities.values()) == [pytest.approx(0.1, abs=2e-3)] * 3
+    else:
+        assert len(set(densities.values())) == 3
 
 
 # ---- plans ----
@@ -283,6 +314,8 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
     assert len(names) == len(set(names))
     assert {stage.chunk for stage in plan.stages} == {1024, 512}
     assert {stage.context for stage in plan.stages} == {4096, 8192, 16384, 32768}
+    for every in (plan, plans.preset("cpu")):  # every kind of prompt has a density, on the GPU from two prompts
+        assert {stage.probes for stage in every.stages} <= {0, 8 if every.device == "cpu" else 16}
     items: dict[str, int] = {}
     at: dict[tuple[str, int], int] = {}
     for stage, row in plan.cells():
@@ -331,8 +364,6 @@ def test_plans_refuse_what_makes_no_sense() -> None:
 # ---- runs ----
 
 
-GATED = next(row for row in ROWS.values() if row.selector == "SeerGate")
-SWEEP = (ROWS["QUOKA: kv_ratio 0.25"], ROWS["QUOKA: kv_ratio 0.1"])
 TINY = Preset(
     "cpu",
     (Stage(512, 128, 0, 2, 1, windows=2, probes=3), Stage(512, 128, 2, 3, 0)),
@@ -371,6 +402,7 @@ def test_a_run_leaves_every_cell_once(result: Path) -> None:
     assert all(set(map(len, digits.values())) == {2} for digits in cell["scores"].values())
     assert len(cell["bits"]) == len(cell["bytes"]) == 2
     assert cell["probe"]["windows"] == 3
+    assert list(cell["probe"]["kinds"]) == [plans.TEXT, "niah_single", "niah_multikey"]
     assert set(found["hidden"]["512/128"]) == {"0-2", "2-3"}
     assert found["runs"][-1]["environment"]["sources"]
     assert list(result.parent.iterdir()) == [result]
@@ -379,11 +411,18 @@ def test_a_run_leaves_every_cell_once(result: Path) -> None:
 def test_probes_take_text_and_tasks_in_turn(source: TaskSource) -> None:
     stage = Stage(512, 128, 0, 3, 0, probes=10)
     windows = run.Items(source).probes(stage)
-    asks = [QUESTION in window for window in windows]
-    assert asks == [False, *[True] * 7, False, True]
-    assert np.array_equal(windows[1], source.example("niah_single", "test", 512, 0).window)
-    assert np.array_equal(windows[9], source.example("niah_single", "test", 512, 1).window)
-    assert {len(window) for window in windows} == {512}
+    assert {kind: len(its) for kind, its in windows.items()} == {
+        plans.TEXT: 2,
+        **dict.fromkeys(TASKS, 1),
+        "niah_single": 2,
+    }
+    for kind, its in windows.items():
+        assert all((QUESTION in window) == (kind != plans.TEXT) for window in its)
+        assert {len(window) for window in its} == {512}
+    for n in range(2):
+        assert np.array_equal(windows["niah_single"][n], source.example("niah_single", "test", 512, n).window)
+    alike = run.Items(source).probes(replace(stage, probes=16))
+    assert {kind: len(its) for kind, its in alike.items()} == dict.fromkeys((plans.TEXT, *TASKS), 2)
 
 
 def test_resuming_asks_for_the_same_sources_and_weights(
@@ -441,8 +480,17 @@ def made(rows: dict[str, tuple[Row, float, float]], *, items: int = 40, words: d
             "scores": scores,
         }
         cell |= {"bits": [100.0 * (2 - share)] * 4, "bytes": [100] * 4}
+        read = {**dict.fromkeys(probing.STEPS, round(10000 * density)), "visible": 10000}
+        kinds = {kind: {"windows": 2, "read": dict(read)} for kind in (plans.TEXT, *TASKS)}
         steps = dict.fromkeys(probing.STEPS, density)
-        cell["probe"] = {"density": steps, "coverage": share, "worst_coverage": 0, "below_0.9": 0, "output_error": 0}
+        cell["probe"] = {
+            "kinds": kinds,
+            "density": steps,
+            "coverage": share,
+            "worst_coverage": 0,
+            "below_0.9": 0,
+            "output_error": 0,
+        }
         cells.append(cell)
     hidden = {"16384/1024": {f"0-{items}": {task: str(ANSWER_WORDS[task]) * items for task in NEEDLE_TASKS}}}
     return {
@@ -506,19 +554,61 @@ def test_items_that_the_control_can_see_do_not_count() -> None:
 
 def test_equal_density_is_between_the_neighbours_of_a_sweep() -> None:
     found = findings.points(made(lineup()), 16384, 1024)
-    sweeps = findings.families(found)
-    middle = findings.at_density(sweeps[plans.UNSHARED], 0.2)
+    sweeps = findings.families(found, NEEDLE_TASKS)
+    middle = findings.at_density(sweeps[plans.UNSHARED], 0.2, NEEDLE_TASKS)
     assert middle
     assert middle.mean(NEEDLE_TASKS) == pytest.approx(0.9)
     assert middle.bits_per_byte == pytest.approx(1.1)
-    assert findings.at_density(sweeps[plans.UNSHARED], 0.1) is found[UNSHARED.name]
-    assert findings.at_density(sweeps[plans.UNSHARED], 0.35) is None
-    assert findings.at_density(sweeps[plans.UNSHARED], 0.09) is None
+    assert middle.density(NEEDLE_TASKS) == pytest.approx(0.2)
+    assert findings.at_density(sweeps[plans.UNSHARED], 0.1, NEEDLE_TASKS) is found[UNSHARED.name]
+    assert findings.at_density(sweeps[plans.UNSHARED], 0.35, NEEDLE_TASKS) is None
+    assert findings.at_density(sweeps[plans.UNSHARED], 0.09, NEEDLE_TASKS) is None
     gap = findings.difference(middle, found[DENSE], NEEDLE_TASKS)
     assert gap
     assert gap.points == pytest.approx(-10)
     assert gap.low < -10 < gap.high
     assert gap.items == 5 * 40
+
+
+def reading(result: Any, name: str, **densities: float) -> None:
+    """Let a row read other shares of some kinds of prompt."""
+    for kind, density in densities.items():
+        for cell in result["cells"]:
+            if cell["row"] == name:
+                read = cell["probe"]["kinds"][kind]["read"]
+                read |= dict.fromkeys(probing.STEPS, round(density * read["visible"]))
+
+
+def test_equal_density_is_that_on_the_prompts_that_are_compared() -> None:
+    """The mean over all prompts stays 0.1 and 0.3 in the record; of these tasks and of text rows read other shares."""
+    result = made(lineup())
+    for task in report.QUOKA_TASKS:
+        reading(result, UNSHARED.name, **{task: 0.2})
+        reading(result, WIDE.name, **{task: 0.4})
+    reading(result, UNSHARED.name, text=0.01)
+    reading(result, WIDE.name, text=0.05)
+    found = findings.points(result, 16384, 1024)
+    level = {
+        kinds: findings.at_density(findings.families(found, kinds)[plans.UNSHARED], density, kinds)
+        for kinds, density in ((report.QUOKA_TASKS, 0.3), (("niah_single",), 0.3), ((plans.TEXT,), 0.04))
+    }
+    assert level[report.QUOKA_TASKS].mean(TASKS) == pytest.approx(0.9)  # type: ignore[union-attr]
+    assert level["niah_single",] is found[WIDE.name]
+    assert level[plans.TEXT,].bits_per_byte == pytest.approx(1.2 - 0.75 * 0.2)  # type: ignore[union-attr]
+    assert found[UNSHARED.name].density(NEEDLE_TASKS) == pytest.approx((3 * 0.1 + 2 * 0.2) / 5)
+    words = report.markdown(result, [])
+    goals = [line for line in words.splitlines() if line.startswith("| 16K")]
+    assert f"best row at density on text ≤ 0.15 ({WIDE.name}, density 0.050)" in goals[2]
+    assert not any("QUOKA: kv_ratio 0.1," in line for line in goals)  # 0.1 lies outside of the sweep on these tasks
+    assert any(f"{plans.UNSHARED} less QUOKA: kv_ratio 0.25, both at density 0.250" in line for line in goals)
+    table = words.split("| bits per byte ÷ dense |")[1].split("\n\n")[0]
+    assert f"| {plans.UNSHARED} | 1.0000 (1.0000 to 1.0000) | - | - | - |" in table
+    assert "| QUOKA | - | 1.8000 (1.8000 to 1.8000) | 1.6667" in table
+    del result["cells"][-1]["probe"]["kinds"]["niah_multikey"]
+    unknown = findings.points(result, 16384, 1024)[result["cells"][-1]["row"]]
+    assert math.isnan(unknown.density(NEEDLE_TASKS))
+    assert not math.isnan(unknown.density(["niah_single"]))
+    assert unknown not in findings.families({"it": unknown}, NEEDLE_TASKS).values()
 
 
 def test_differences_are_paired_and_over_common_items_alone() -> None:
@@ -560,6 +650,7 @@ def test_the_goals_are_judged_in_numbers() -> None:
     assert "≥ -0.5 | -20.0 (" in best
     assert best.endswith("**no** |")
     assert in_chunk == best.replace("greedy", "in chunk")  # the made up scores are the same
+    assert "best row at density on text ≤ 0.15" in bits
     assert "1.2000 (1.2000 to 1.2000) | **no** |" in bits
     assert "FlashPrefill unshared less QUOKA: kv_ratio 0.1, both at density 0.100" in first
     assert "+60.0 (" in first

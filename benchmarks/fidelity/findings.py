@@ -2,7 +2,8 @@
 
 Equal density: of each family of rows (one method over a sweep) the two neighbours in density that enclose the wanted
 one are interpolated linearly, item by item, so that intervals and pairs of methods stay those of items. Outside its
-sweep a family has no value; nothing is extrapolated.
+sweep a family has no value; nothing is extrapolated. A method reads more of one kind of prompt than of another, so a
+density is always that on the kinds of prompt which the compared numbers come from: tasks, or held-out text.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA
+from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA, TEXT
 from benchmarks.records import Record, check_fields, check_runs, read_kind
 from benchmarks.testbed.intervals import bootstrap_means, bootstrap_ratio, wilson
 from benchmarks.testbed.tasks import ANSWER_WORDS
@@ -44,18 +45,25 @@ class Point:
 
     Attributes:
         row: the row's record.
-        density: past entries that attention reads, of the visible ones; 1 for dense, NaN if it was not probed.
+        densities: by kind of prompt (a task, or `plans.TEXT`): past entries that attention reads, of the visible ones;
+            kinds that were not probed are left out.
         scores: measure, then task, to float [items], the share of right words; NaN for items that it has not met.
         bits, bytes: of each held-out window; empty if not measured.
         probe: the record of the probe, empty if there is none.
     """
 
     row: Record
-    density: float
+    densities: dict[str, float]
     scores: dict[str, dict[str, np.ndarray]]
     bits: np.ndarray
     bytes: np.ndarray
     probe: Record
+
+    def density(self, kinds: Sequence[str]) -> float:
+        """On prompts of these kinds, each counting alike; 1 for dense, NaN where one of them was not probed."""
+        if self.row["kind"] == "dense":
+            return 1.0
+        return float(np.mean([self.densities.get(kind, math.nan) for kind in kinds]))
 
     def mean(self, tasks: Sequence[str], measure: str = "greedy") -> float:
         """The mean over tasks of the mean over items."""
@@ -95,35 +103,40 @@ def _point(row: Record, cells: list[Record]) -> Point:
             scores[measure][task] = shares
     bits = next(((cell["bits"], cell["bytes"]) for cell in cells if "bits" in cell), ([], []))
     probe = next((cell["probe"] for cell in cells if "probe" in cell), {})
-    density = 1.0 if row["kind"] == "dense" else (probe.get("density") or {}).get("sub_group_union")
-    return Point(row, math.nan if density is None else density, scores, *map(np.array, bits), probe)
+    read = {kind: its["read"] for kind, its in probe.get("kinds", {}).items()}
+    densities = {kind: its["sub_group_union"] / its["visible"] for kind, its in read.items() if its and its["visible"]}
+    return Point(row, densities, scores, *map(np.array, bits), probe)
 
 
-def families(found: dict[str, Point]) -> dict[str, list[Point]]:
-    """The points of each family by density, those without a density left out."""
+def families(found: dict[str, Point], kinds: Sequence[str]) -> dict[str, list[Point]]:
+    """The points of each family by density on some kinds of prompt, those without a density left out."""
     grouped: dict[str, list[Point]] = {}
     for point in found.values():
-        if not math.isnan(point.density):
+        if not math.isnan(point.density(kinds)):
             grouped.setdefault(point.row["family"], []).append(point)
-    return {family: sorted(those, key=lambda point: point.density) for family, those in grouped.items()}
+    return {family: sorted(those, key=lambda point: point.density(kinds)) for family, those in grouped.items()}
 
 
-def at_density(family: Sequence[Point], density: float) -> Point | None:
-    """A family between its two neighbours of a density, item by item; None outside its sweep.
+def at_density(family: Sequence[Point], density: float, kinds: Sequence[str]) -> Point | None:
+    """A family between its two neighbours of a density on some kinds of prompt, item by item; None outside its sweep.
 
-    Held-out windows are interpolated alike; the probe of such a point is empty.
+    Args:
+        family: in the order of `families` for these kinds.
+        density: the wanted one.
+        kinds: those of the prompts that are looked at in the point that is returned: tasks, or held-out text. Its
+            windows of text are interpolated like the items, its probe is empty.
     """
     for point in family:
-        if math.isclose(point.density, density, abs_tol=5e-5):
+        if math.isclose(point.density(kinds), density, abs_tol=5e-5):
             return point
     for low, high in pairwise(family):
-        if low.density < density < high.density:
-            weight = (density - low.density) / (high.density - low.density)
-            return _between(low, high, weight, density)
+        less, more = low.density(kinds), high.density(kinds)
+        if less < density < more:
+            return _between(low, high, (density - less) / (more - less))
     return None
 
 
-def _between(low: Point, high: Point, weight: float, density: float) -> Point:
+def _between(low: Point, high: Point, weight: float) -> Point:
     def mixed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         both = min(len(first), len(second))
         return (1 - weight) * first[:both] + weight * second[:both]
@@ -133,7 +146,9 @@ def _between(low: Point, high: Point, weight: float, density: float) -> Point:
         for measure in MEASURES
     }
     bits = mixed(low.bits, high.bits)
-    return Point(low.row, density, scores, bits, low.bytes[: len(bits)], {})
+    both = low.densities.keys() & high.densities.keys()
+    densities = {kind: (1 - weight) * low.densities[kind] + weight * high.densities[kind] for kind in both}
+    return Point(low.row, densities, scores, bits, low.bytes[: len(bits)], {})
 
 
 @dataclass(frozen=True)
@@ -234,17 +249,25 @@ def measuring_tasks(result: Record, context: int, chunk: int, measure: str = "gr
 
 
 def best_within(found: dict[str, Point], density: float, tasks: Sequence[str]) -> Point | None:
-    """The library's row of the highest accuracy up to a density; QUOKA, the oracle and the control do not count."""
-    own = [
-        point
-        for point in found.values()
-        if point.row["kind"] == "library"
-        and point.row["selector"] not in ("Dense", "Oracle")
-        and point.density <= density
-    ]
-    return max(own, key=lambda point: (point.mean(tasks), -point.density), default=None)
+    """The library's row of the highest accuracy on tasks up to a density on their prompts.
+
+    QUOKA, the oracle and the control do not count.
+    """
+    own = [point for point in found.values() if _is_own(point) and point.density(tasks) <= density]
+    return max(own, key=lambda point: (point.mean(tasks), -point.density(tasks)), default=None)
 
 
-def quoka_points(found: dict[str, Point]) -> list[Point]:
-    """QUOKA's sweep by density."""
-    return families(found).get(QUOKA, [])
+def best_on_text(found: dict[str, Point], density: float, dense: Point) -> Point | None:
+    """The library's row of the fewest bits per byte over dense up to a density on held-out text."""
+    ratios = {name: bits_ratio(point, dense) for name, point in found.items() if _is_own(point)}
+    own = {name: its[0] for name, its in ratios.items() if its and found[name].density((TEXT,)) <= density}
+    return found[min(own, key=own.__getitem__)] if own else None
+
+
+def _is_own(point: Point) -> bool:
+    return point.row["kind"] == "library" and point.row["selector"] not in ("Dense", "Oracle")
+
+
+def quoka_points(found: dict[str, Point], kinds: Sequence[str]) -> list[Point]:
+    """QUOKA's sweep by density on some kinds of prompt."""
+    return families(found, kinds).get(QUOKA, [])

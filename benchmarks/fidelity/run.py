@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
 import json
 import multiprocessing
 import time
@@ -32,7 +31,7 @@ import torch
 
 from benchmarks.fidelity import answering
 from benchmarks.fidelity.methods import Methods
-from benchmarks.fidelity.plans import NEEDLE_TASKS, Preset, Row, Stage, planned_seconds, preset
+from benchmarks.fidelity.plans import NEEDLE_TASKS, TEXT, Preset, Row, Stage, planned_seconds, preset
 from benchmarks.fidelity.probing import probe
 from benchmarks.latency import torch_threads, write_json
 from benchmarks.machine import FIDELITY_SOURCES, environment
@@ -55,8 +54,10 @@ PROTOCOL = (
     "dense: transformers' own attention (sdpa), the prompt in one piece; all others prefill in chunks, the first of "
     "which has nothing to select from and is dense.",
     "Density: past blocks (QUOKA: tokens) that are read, of those that are visible, averaged over a prompt's chunks, "
-    "all layers and heads. Coverage: share of the exact softmax mass on what a query is given. Output error: relative, "
-    "per layer and head, against dense attention over the same queries and keys. All three on a few prompts.",
+    "all layers and heads. It depends on the prompt: beside scores of tasks stands the density on prompts of these "
+    "tasks, each counting alike, and beside bits per byte that on held-out text.",
+    "Coverage: share of the exact softmax mass on what a query is given. Output error: relative, per layer and head, "
+    "against dense attention over the same queries and keys. Density, coverage and error are of a few prompts.",
     "Bits per byte: held-out source text, windows of the context's length, all positions.",
     *INTERVALS,
 )
@@ -365,13 +366,20 @@ class Items:
         }
         return {span: counts}
 
-    def probes(self, stage: Stage) -> list[np.ndarray]:
-        """Windows of the stage's context: held-out text and each task in turn."""
-        kinds = [[one.window for one in its] for its in self.examples(stage).values()]
+    def probes(self, stage: Stage) -> dict[str, list[np.ndarray]]:
+        """Windows of the stage's context by kind: held-out text and each task, which take turns until there are enough.
+
+        A kind that has run out of windows is passed over.
+        """
+        kinds = {task: [one.window for one in its] for task, its in self.examples(stage).items()}
         rounds = -(-stage.probes // (len(kinds) + 1))
         text = heldout_windows(self.source.streams["test"], stage.context, rounds)[:, :-1]
-        turns = itertools.chain.from_iterable(itertools.zip_longest(text, *(its[:rounds] for its in kinds)))
-        return [window for window in turns if window is not None][: stage.probes]
+        kinds = {TEXT: list(text), **kinds}
+        turns = [(kind, its[n]) for n in range(rounds) for kind, its in kinds.items() if n < len(its)][: stage.probes]
+        taken: dict[str, list[np.ndarray]] = {}
+        for kind, window in turns:
+            taken.setdefault(kind, []).append(window)
+        return taken
 
 
 _source: TaskSource | None = None  # of a worker process
