@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 pytest.importorskip("transformers", reason="the methods run inside a transformers model")
 from transformers import DynamicCache
 
+from benchmarks import machine
 from benchmarks.__main__ import main
 from benchmarks.fidelity import answering, findings, plans, probing, report, run
 from benchmarks.fidelity.methods import Methods
@@ -433,12 +435,104 @@ def test_resuming_asks_for_the_same_sources_and_weights(
     found = json.loads(result.read_text())
     for change, message in (
         ({"corpus": "other"}, "--resume: expected a result of corpus"),
-        ({"model": {}}, "--resume: expected a result of model"),
+        ({"model": {}}, "--resume: expected a result of weights"),
         ({"schema": 9}, "--resume: expected a fidelity result of schema 1"),
     ):
         (tmp_path / "fidelity-cpu.json").write_text(json.dumps(found | change))
         with pytest.raises(ValueError, match=message):
             run.run(options)
+
+
+@pytest.fixture
+def resumed(
+    result: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[list[str], Any]]:
+    """Resumes the result under another plan or other gates: what is measured then, and the result after that."""
+    path, asked = tmp_path / "fidelity-cpu.json", list[str]()
+    path.write_text(result.read_text())
+    scores = json.loads(result.read_text())["cells"][0]["scores"]
+
+    def measured_cell(stage: Stage, row: Row, *_: Any) -> dict[str, Any]:
+        asked.append(f"{row.name} at {stage}")
+        shape = {name: getattr(stage, name) for name in ("context", "chunk", "first", "last", "windows", "probes")}
+        return {"row": row.name, **shape, "status": "ok", "scores": scores}
+
+    def resume(plan: Preset = TINY, gate: Path | None = None, only: str | None = None) -> tuple[list[str], Any]:
+        asked.clear()
+        monkeypatch.setattr(run, "preset", lambda name: plan)
+        options = run.Options("cpu", tmp_path, place / "model", gate, place / "corpus.zip", only, resume=True)
+        assert run.run(options) == 0
+        return list(asked), json.loads(path.read_text())
+
+    monkeypatch.setattr(run, "measured_cell", measured_cell)
+    return resume
+
+
+def test_a_row_is_kept_while_it_is_the_same(resumed: Any, result: Path) -> None:
+    flash = next(row for row in TINY.rows if row.selector == "FlashPrefill")
+    moved = replace(flash, priority=1, family="of another name")
+    fresh = replace(flash, name="a new row", settings={"alpha": 0.3}, priority=1)
+    rows = tuple(moved if row is flash else row for row in TINY.rows)
+    asked, found = resumed(replace(TINY, rows=(*rows, fresh)))
+    assert asked == ["a new row at 512/128 items 0-2"]
+    assert found["rows"][flash.name]["family"] == "of another name"
+    assert len(found["cells"]) == len(json.loads(result.read_text())["cells"]) + 1
+    other = replace(flash, settings={"alpha": 0.7})
+    with pytest.raises(ValueError, match=r"--resume: expected '.*' to be .*0\.7.*, got .*cpu\.json with .*0\.8"):
+        resumed(replace(TINY, rows=tuple(other if row is flash else row for row in TINY.rows)))
+    assert resumed()[0] == []
+
+
+def test_a_stage_that_asks_for_more_is_measured_again_in_place_of_the_old(resumed: Any, result: Path) -> None:
+    first, second = TINY.stages
+    asked, found = resumed(replace(TINY, stages=(replace(first, probes=8), second)), only=CONTROL)
+    assert asked == [f"{CONTROL} at 512/128 items 0-2"]
+    assert len(found["cells"]) == len(json.loads(result.read_text())["cells"])
+    (cell,) = [one for one in found["cells"] if (one["row"], one["first"]) == (CONTROL, 0)]
+    assert cell["probes"] == 8
+
+
+def test_new_gates_measure_their_own_rows_again_and_no_others(resumed: Any, place: Path, tmp_path: Path) -> None:
+    """Rows that an --only leg leaves out stay absent; without gates what was measured with some stays."""
+    gated = f"{GATED.name} at 512/128 items 0-2"
+    asked, found = resumed(only="QUOKA")
+    assert asked == []
+    assert list(found["absent"]) == [GATED.name]
+    gates = place / "gates" / train_gate.WEIGHTS_FILE
+    asked, found = resumed(gate=gates)
+    assert asked == [gated]
+    assert found["absent"] == {}
+    assert resumed(gate=gates)[0] == []
+    asked, without = resumed()
+    assert asked == []
+    assert (without["absent"], without["model"]["gate"]) == ({}, found["model"]["gate"])
+    others = tmp_path / "others.safetensors"
+    others.write_bytes(gates.read_bytes() + b" ")
+    asked, found = resumed(gate=others)
+    assert asked == [gated]
+    assert found["model"]["gate"] != without["model"]["gate"]
+    assert [cell["gate"] for cell in found["cells"] if "gate" in cell] == [found["model"]["gate"]]
+
+
+def test_sources_are_what_decides_the_numbers(tmp_path: Path) -> None:
+    files = {file.relative_to(machine.ROOT).as_posix() for file in machine.ROOT.glob("*/**/*.py")}
+    decisive = {
+        "compactattn/_triton/union.py": True,
+        "compactattn/quality.py": True,
+        "compactattn/cli/demo.py": False,
+        **{f"benchmarks/fidelity/{name}.py": True for name in ("answering", "methods", "probing", "run")},
+        **{f"benchmarks/fidelity/{name}.py": False for name in ("findings", "figure", "plans", "report")},
+        **{f"benchmarks/testbed/{name}.py": True for name in ("answers", "corpus", "evaluate", "model", "tasks")},
+        **{f"benchmarks/testbed/{name}.py": False for name in ("train_gate", "intervals")},
+    }
+    assert decisive.keys() <= files
+    for name in decisive:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    for name, decides in decisive.items():
+        before = machine.sources(tmp_path, machine.FIDELITY_SOURCES)
+        (tmp_path / name).write_text("after")
+        assert (machine.sources(tmp_path, machine.FIDELITY_SOURCES) != before) == decides, name
 
 
 def test_the_command_lists_and_reports(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

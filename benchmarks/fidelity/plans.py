@@ -47,8 +47,17 @@ class Row:
     correction: bool = False
     parameter: str | None = None
 
+    def definition(self) -> dict[str, Any]:
+        """What decides the numbers of a row: all but where it stands in the plan and in the report."""
+        return definition_of(self.as_json())
+
     def as_json(self) -> dict[str, Any]:
         return {one.name: getattr(self, one.name) for one in fields(self)} | {"settings": dict(self.settings)}
+
+
+def definition_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`Row.definition` of a row as a result holds it."""
+    return {name: its for name, its in record.items() if name not in ("family", "priority", "parameter")}
 
 
 def sweep(

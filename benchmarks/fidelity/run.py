@@ -9,7 +9,8 @@ model is the committed one, or `--weights DIRECTORY`; it should be trained on th
 gates (`testbed.train_gate`), and the report says where it is not or has none.
 
 A cell is one row over one stage's context, chunk and items. The JSON is rewritten after every cell; `--resume` keeps
-the cells that it has. No cell begins that is not expected to end within `--budget-seconds`.
+the cells that it has, those of SeerAttention while the gates are the same. No cell begins that is not expected to end
+within `--budget-seconds`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ import torch
 
 from benchmarks.fidelity import answering
 from benchmarks.fidelity.methods import Methods
-from benchmarks.fidelity.plans import NEEDLE_TASKS, TEXT, Preset, Row, Stage, planned_seconds, preset
+from benchmarks.fidelity.plans import (
+    NEEDLE_TASKS,
+    TEXT,
+    Preset,
+    Row,
+    Stage,
+    definition_of,
+    planned_seconds,
+    preset,
+)
 from benchmarks.fidelity.probing import probe
 from benchmarks.latency import torch_threads, write_json
 from benchmarks.machine import FIDELITY_SOURCES, environment
@@ -73,7 +83,8 @@ class Options:
         corpus: packed corpus, None for the running Python's library.
         only: comma-separated parts of row names, or shell patterns; None runs all.
         contexts: comma-separated; None runs all of the preset's.
-        resume: keep the cells that the result in `out` already has from the same sources, weights and corpus.
+        resume: keep the cells that the result in `out` already has from the same sources, weights and corpus; those
+            whose row reads gates only if they are of these gates.
         commit: what to write down as the commit where there is no git.
         budget_seconds, device, tokens_at_once, items: instead of the preset's; `items` caps those of a task.
         threads: on the CPU; one by default, because two on a shared core wait for each other.
@@ -172,19 +183,48 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
             raise ValueError(f"--resume: expected a fidelity result of schema {SCHEMA}, got another in {path}")
         where = before["runs"][-1]["environment"]
         pairs = [(name, where.get(name), here[name]) for name in ("sources", "gpu", "torch")]
-        pairs += [(name, before[name], result[name]) for name in ("model", "corpus")]
+        pairs += [(name, before["model"].get(name), result["model"][name]) for name in ("weights", "dtype")]
+        pairs.append(("corpus", before["corpus"], result["corpus"]))
         for name, theirs, ours in pairs:
             if theirs != ours:
                 raise ValueError(f"--resume: expected a result of {name} {ours!r}, got {path} of {name} {theirs!r}")
-        result = before
-        result["cells"] = [cell for cell in before["cells"] if cell["status"] == "ok"]
-    rows = {row.name: row.as_json() for row in chosen.rows}
-    result["rows"] |= rows
-    result["absent"] = {row.name: why for row in chosen.rows if (why := methods.why_not(row)) is not None}
+        _check_rows(chosen.rows, before, path)
+        result = before | {"protocol": PROTOCOL, "model": _joined(before["model"], result["model"])}
+        result["cells"] = _kept(before["cells"], result["model"]["gate"])
+    result["rows"] |= {row.name: row.as_json() for row in chosen.rows}
+    measured = {cell["row"] for cell in result["cells"]}
+    for row in chosen.rows:  # the others keep what an earlier run said of them
+        why = methods.why_not(row)
+        result["absent"].pop(row.name, None)
+        if why is not None and row.name not in measured:
+            result["absent"][row.name] = why
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     result["runs"].append({"started": started, "environment": here, "seconds": 0.0, "not_run": []})
     options.out.mkdir(parents=True, exist_ok=True)
     return result
+
+
+def _check_rows(rows: Sequence[Row], before: dict[str, Any], path: Path) -> None:
+    """Refuse a result with cells of a row that has the name of one of these and is another."""
+    measured = {cell["row"] for cell in before["cells"]}
+    for row in rows:
+        theirs, ours = before["rows"].get(row.name), json.loads(json.dumps(row.definition()))
+        if row.name in measured and definition_of(theirs) != ours:
+            raise ValueError(f"--resume: expected {row.name!r} to be {ours}, got {path} with {definition_of(theirs)}")
+
+
+def _joined(before: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """The record of the model that is here; where no gates are, the result's stay those of its cells."""
+    return here if here["gate"] is not None else here | {"gate": before["gate"]}
+
+
+def _kept(cells: Sequence[dict[str, Any]], gate: str | None) -> list[dict[str, Any]]:
+    """The sound cells, less those of other gates."""
+    kept = [cell for cell in cells if cell["status"] == "ok" and cell.get("gate", gate) == gate]
+    others = sum(cell["status"] == "ok" for cell in cells) - len(kept)
+    if others:
+        print(f"{others} cells are of other gates and are measured again")
+    return kept
 
 
 def _model_record(directory: Path, methods: Methods) -> dict[str, Any]:
@@ -214,19 +254,17 @@ def _text_digest(source: TaskSource) -> str:
 
 def remaining(chosen: Preset, methods: Methods, result: dict[str, Any]) -> list[tuple[Stage, Row]]:
     """Cells that can run here and are not in the result yet."""
-    done = {cell["row"]: set[tuple[int, ...]]() for cell in result["cells"]}
-    for cell in result["cells"]:
-        done[cell["row"]].add(cell_key(cell))
+    done = {(cell["row"], *cell_key(cell)) for cell in result["cells"]}
     return [
         (stage, row)
         for stage, row in chosen.cells()
-        if row.name not in result["absent"]
-        and (stage.context, stage.chunk, stage.first, stage.last) not in done.get(row.name, ())
+        if methods.why_not(row) is None and (row.name, *cell_key(asdict(stage))) not in done
     ]
 
 
-def cell_key(cell: dict[str, Any]) -> tuple[int, int, int, int]:
-    return cell["context"], cell["chunk"], cell["first"], cell["last"]
+def cell_key(cell: dict[str, Any]) -> tuple[int, ...]:
+    """What a cell was measured over; of a stage's fields likewise."""
+    return tuple(cell[name] for name in ("context", "chunk", "first", "last", "windows", "probes"))
 
 
 def pace(cells: Sequence[dict[str, Any]]) -> float | None:
@@ -271,10 +309,12 @@ def _measure(
         else:
             cell = measured_cell(stage, row, chosen, methods, items)
             cell |= {"run": len(result["runs"]) - 1, "planned": round(planned, 2)}
+            if row.selector == "SeerGate":
+                cell["gate"] = result["model"]["gate"]
             cell["seconds"] = round(time.perf_counter() - started - elapsed, 2)
             if row.kind != "dense":
                 fresh.append(cell)
-            result["cells"].append(cell)
+            _put(result, cell)
             result["hidden"].setdefault(f"{stage.context}/{stage.chunk}", {}).update(items.hidden(stage))
             print(f"[{elapsed:6.1f} s] {progress(cell)}", flush=True)
             gc.collect()
@@ -287,10 +327,19 @@ def _measure(
         write_json(path, result)
 
 
+def _put(result: dict[str, Any], cell: dict[str, Any]) -> None:
+    """Add a cell in place of an earlier one over the same items, such as one with fewer probes."""
+
+    def place(one: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(one[name] for name in ("row", "context", "chunk", "first", "last"))
+
+    result["cells"] = [*(other for other in result["cells"] if place(other) != place(cell)), cell]
+
+
 def measured_cell(stage: Stage, row: Row, chosen: Preset, methods: Methods, items: Items) -> dict[str, Any]:
     """The record of one cell; running out of memory makes it a failed one."""
-    cell: dict[str, Any] = {"row": row.name, "context": stage.context, "chunk": stage.chunk}
-    cell |= {"first": stage.first, "last": stage.last, "status": "ok"}
+    shape = {name: its for name, its in asdict(stage).items() if name != "priority"}
+    cell: dict[str, Any] = {"row": row.name, **shape, "status": "ok"}
     examples, heldout = items.examples(stage), items.source.streams["test"]
     try:
         cell["scores"] = {
