@@ -514,6 +514,82 @@ def test_new_gates_measure_their_own_rows_again_and_no_others(resumed: Any, plac
     assert [cell["gate"] for cell in found["cells"] if "gate" in cell] == [found["model"]["gate"]]
 
 
+def failing(monkeypatch: pytest.MonkeyPatch, row: Row, error: Exception) -> None:
+    """Let one row raise, and answer all others with the right words."""
+
+    def answer(methods: Methods, its: Row, examples: list[Example], *_: Any) -> answering.Answers:
+        if its.name == row.name:
+            raise error
+        return answering.Answers(*["".join(str(len(example.answers)) for example in examples)] * 2)
+
+    monkeypatch.setattr(answering, "answer", answer)
+    monkeypatch.setattr(answering, "text_bits", lambda *_: ([1.0] * 2, [1] * 2))
+    monkeypatch.setattr(run, "probe", lambda *_: {"density": {"sub_group_union": None}})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), KeyError("name"), torch.OutOfMemoryError("2 GiB")], ids=repr)
+def test_a_row_that_fails_does_not_stop_the_others_and_is_tried_again_last(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    failing(monkeypatch, ROWS[CONTROL], error)
+    options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip")
+    assert run.run(options) == 1
+    found = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    names = [(cell["row"], cell["first"]) for cell in found["cells"]]
+    assert len(names) == len(set(names)) == 7
+    bad = {(cell["row"], cell["first"]): cell["reason"] for cell in found["cells"] if cell["status"] == "failed"}
+    assert list(bad) == [(CONTROL, 0), (CONTROL, 2)]
+    assert all(str(error).strip("'") in why for why in bad.values())
+    words = report.markdown(findings.load(tmp_path / "fidelity-cpu.json"), [])
+    assert f"- {CONTROL} at context 512, chunk 128 FAILED: " in words
+    del found["cells"][0]  # dense of the first stage was lost, say
+    (tmp_path / "fidelity-cpu.json").write_text(json.dumps(found))
+    assert run.run(replace(options, resume=True, budget_seconds=0.0)) == 1
+    later = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    assert later["cells"] == found["cells"]
+    expected = [f"{DENSE} at 512/128 items 0-2", f"{CONTROL} at 512/128 items 0-2", f"{CONTROL} at 512/128 items 2-3"]
+    assert later["runs"][-1]["not_run"] == expected
+    failing(monkeypatch, GATED, error)
+    capsys.readouterr()
+    assert run.run(replace(options, resume=True)) == 0
+    assert "FAILED" not in capsys.readouterr().out
+    cells = json.loads((tmp_path / "fidelity-cpu.json").read_text())["cells"]
+    assert len(cells) == 7
+    assert {cell["status"] for cell in cells} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.AcceleratorError("illegal access", 700), RuntimeError("CUDA error: an illegal memory access")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lost_gpu_ends_the_run_with_what_was_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    failing(monkeypatch, ROWS[CONTROL], error)
+    options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip")
+    assert run.run(options) == 1
+    found = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    assert [(cell["row"], cell["status"]) for cell in found["cells"]] == [(DENSE, "ok"), (CONTROL, "failed")]
+    assert len(found["runs"][-1]["not_run"]) == 5
+    failing(monkeypatch, GATED, error)
+    assert run.run(replace(options, resume=True)) == 0
+    assert [cell["row"] for cell in json.loads((tmp_path / "fidelity-cpu.json").read_text())["cells"]][-1] == CONTROL
+
+
+def test_an_error_that_the_gpu_does_not_survive_is_known_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not run.is_device_lost(RuntimeError("Triton Error [CUDA]: invalid argument"), "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert run.is_device_lost(RuntimeError("Triton Error [CUDA]: unspecified launch failure"), "cuda")
+    assert not run.is_device_lost(RuntimeError("shapes"), "cpu")
+
+
 def test_sources_are_what_decides_the_numbers(tmp_path: Path) -> None:
     files = {file.relative_to(machine.ROOT).as_posix() for file in machine.ROOT.glob("*/**/*.py")}
     decisive = {

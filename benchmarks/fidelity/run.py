@@ -10,7 +10,8 @@ gates (`testbed.train_gate`), and the report says where it is not or has none.
 
 A cell is one row over one stage's context, chunk and items. The JSON is rewritten after every cell; `--resume` keeps
 the cells that it has, those of SeerAttention while the gates are the same. No cell begins that is not expected to end
-within `--budget-seconds`.
+within `--budget-seconds`. A cell that fails is a record with its reason, and `--resume` tries it again, after all
+others; an error that leaves the GPU unusable ends the run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import hashlib
 import json
 import multiprocessing
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.baselines import reason
 from benchmarks.fidelity import answering
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import (
@@ -144,7 +147,7 @@ def listed(options: Options) -> str:
 
 
 def run(options: Options) -> int:
-    """Run a preset, print progress, write JSON; 0 unless a cell fails."""
+    """Run a preset, print progress, write JSON; 0 unless a cell of the result failed, in this run or an earlier one."""
     chosen = plan(options)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
@@ -192,7 +195,7 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
         result = before | {"protocol": PROTOCOL, "model": _joined(before["model"], result["model"])}
         result["cells"] = _kept(before["cells"], result["model"]["gate"])
     result["rows"] |= {row.name: row.as_json() for row in chosen.rows}
-    measured = {cell["row"] for cell in result["cells"]}
+    measured = {cell["row"] for cell in result["cells"] if cell["status"] == "ok"}
     for row in chosen.rows:  # the others keep what an earlier run said of them
         why = methods.why_not(row)
         result["absent"].pop(row.name, None)
@@ -206,7 +209,7 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
 
 def _check_rows(rows: Sequence[Row], before: dict[str, Any], path: Path) -> None:
     """Refuse a result with cells of a row that has the name of one of these and is another."""
-    measured = {cell["row"] for cell in before["cells"]}
+    measured = {cell["row"] for cell in before["cells"] if cell["status"] == "ok"}
     for row in rows:
         theirs, ours = before["rows"].get(row.name), json.loads(json.dumps(row.definition()))
         if row.name in measured and definition_of(theirs) != ours:
@@ -219,11 +222,10 @@ def _joined(before: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept(cells: Sequence[dict[str, Any]], gate: str | None) -> list[dict[str, Any]]:
-    """The sound cells, less those of other gates."""
-    kept = [cell for cell in cells if cell["status"] == "ok" and cell.get("gate", gate) == gate]
-    others = sum(cell["status"] == "ok" for cell in cells) - len(kept)
-    if others:
-        print(f"{others} cells are of other gates and are measured again")
+    """The cells, less those of other gates."""
+    kept = [cell for cell in cells if cell.get("gate", gate) == gate]
+    if len(kept) < len(cells):
+        print(f"{len(cells) - len(kept)} cells are of other gates and are measured again")
     return kept
 
 
@@ -253,12 +255,13 @@ def _text_digest(source: TaskSource) -> str:
 
 
 def remaining(chosen: Preset, methods: Methods, result: dict[str, Any]) -> list[tuple[Stage, Row]]:
-    """Cells that can run here and are not in the result yet."""
-    done = {(cell["row"], *cell_key(cell)) for cell in result["cells"]}
+    """Cells that can run here and are not in the result yet; those that failed come last."""
+    status = {(cell["row"], *cell_key(cell)): cell["status"] for cell in result["cells"]}
+    able = [(stage, row) for stage, row in chosen.cells() if methods.why_not(row) is None]
+    found = [status.get((row.name, *cell_key(asdict(stage)))) for stage, row in able]
     return [
-        (stage, row)
-        for stage, row in chosen.cells()
-        if methods.why_not(row) is None and (row.name, *cell_key(asdict(stage))) not in done
+        *(cell for cell, its in zip(able, found, strict=True) if its is None),
+        *(cell for cell, its in zip(able, found, strict=True) if its == "failed"),
     ]
 
 
@@ -298,13 +301,13 @@ def _measure(
     started: float,
 ) -> None:
     """Measure cell after cell, and rewrite the JSON after each."""
-    current = result["runs"][-1]
+    current, lost = result["runs"][-1], False
     fresh: list[dict[str, Any]] = []  # the pace is that of this run once it has one
     for stage, row in todo:
         planned = planned_seconds(stage, row, chosen.device, chosen.tokens_at_once)
         elapsed = time.perf_counter() - started
         expected = planned * (pace(fresh) or pace(result["cells"]) or 1.0)
-        if elapsed + expected > chosen.budget_seconds:
+        if lost or elapsed + expected > chosen.budget_seconds:
             current["not_run"].append(f"{row.name} at {stage}")
         else:
             cell = measured_cell(stage, row, chosen, methods, items)
@@ -318,12 +321,14 @@ def _measure(
             result["hidden"].setdefault(f"{stage.context}/{stage.chunk}", {}).update(items.hidden(stage))
             print(f"[{elapsed:6.1f} s] {progress(cell)}", flush=True)
             gc.collect()
-            if chosen.device == "cuda":
+            lost = cell.get("device_lost", False)
+            if chosen.device == "cuda" and not lost:
                 torch.cuda.empty_cache()
         current["seconds"] = round(time.perf_counter() - started, 1)
         write_json(path, result)
     if current["not_run"]:
-        print(f"{len(current['not_run'])} cells were not run for want of time; --resume goes on with them")
+        why = "because the GPU is lost to this process" if lost else "for want of time"
+        print(f"{len(current['not_run'])} cells were not run {why}; --resume goes on with them")
         write_json(path, result)
 
 
@@ -337,7 +342,10 @@ def _put(result: dict[str, Any], cell: dict[str, Any]) -> None:
 
 
 def measured_cell(stage: Stage, row: Row, chosen: Preset, methods: Methods, items: Items) -> dict[str, Any]:
-    """The record of one cell; running out of memory makes it a failed one."""
+    """The record of one cell; whatever its row stumbles over makes it a failed one, and the other rows go on.
+
+    `device_lost` says that the GPU's context did not survive it.
+    """
     shape = {name: its for name, its in asdict(stage).items() if name != "priority"}
     cell: dict[str, Any] = {"row": row.name, **shape, "status": "ok"}
     examples, heldout = items.examples(stage), items.source.streams["test"]
@@ -353,7 +361,22 @@ def measured_cell(stage: Stage, row: Row, chosen: Preset, methods: Methods, item
             cell["probe"] = probe(methods, row, items.probes(stage), stage.chunk)
     except torch.OutOfMemoryError as error:
         cell |= {"status": "failed", "reason": f"out of memory; lower --tokens-at-once ({error})"}
+    except Exception as error:
+        traceback.print_exception(error)
+        cell |= {"status": "failed", "reason": reason(error), "device_lost": is_device_lost(error, chosen.device)}
     return cell
+
+
+def is_device_lost(error: Exception, device: str) -> bool:
+    """Whether an error is one of those after which every call of this process to the GPU fails."""
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+        return True
+    try:
+        if device == "cuda":  # Triton and cuBLAS have words of their own
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def progress(cell: dict[str, Any]) -> str:
