@@ -37,6 +37,7 @@ UNSHARED, WIDE = plans.sweep(plans.UNSHARED, "FlashPrefill", "alpha", {0.8: 1, 0
 (CORRECTED,) = plans.sweep(f"{plans.UNSHARED} + mean correction", "FlashPrefill", "alpha", {0.5: 2}, correction=True)
 GATED = next(row for row in ROWS.values() if row.selector == "SeerGate")
 SWEEP = (ROWS["QUOKA: kv_ratio 0.25"], ROWS["QUOKA: kv_ratio 0.1"])
+PAPERS = plans.sweep(PAPER.family, "FlashPrefill", "alpha", {0.3: 1, 0.9: 1}, heads=4, span=None)
 FEW = {"alpha": 0.8, "sink_blocks": 0, "window_blocks": 1}
 LIBRARY_DENSE, FULL_QUOKA = ROWS["dense through the library"], Row("all", QUOKA, "quoka", settings={"kv_ratio": 1.0})
 
@@ -784,17 +785,84 @@ def test_equal_density_is_that_on_the_prompts_that_are_compared() -> None:
 def test_differences_are_paired_and_over_common_items_alone() -> None:
     rows = lineup()
     found = made(rows)
-    shorter = next(cell for cell in found["cells"] if cell["row"] == "QUOKA: kv_ratio 0.1")
-    for digits in shorter["scores"].values():
-        digits |= {measure: its[:8] for measure, its in digits.items()}
-    shorter["last"] = 8
+    cut(found, "QUOKA: kv_ratio 0.1", 0, 8)
     points = findings.points(found, 16384, 1024)
     gap = findings.difference(points["QUOKA: kv_ratio 0.1"], points["QUOKA: kv_ratio 0.25"], NEEDLE_TASKS)
     assert gap
     assert (gap.points, gap.low, gap.high, gap.items) == (0.0, 0.0, 0.0, 40)  # the first 8 items are right in both
     same = findings.difference(points[DENSE], points[DENSE], TASKS)
     assert same
-    assert str(same) == "+0.0 (+0.0 to +0.0)"
+    assert str(same) == "+0.0 (+0.0 to +0.0), n 280"
+
+
+def cut(result: Any, name: str, first: int, last: int) -> None:
+    """Let a row have met but a part of its items."""
+    cell = next(cell for cell in result["cells"] if cell["row"] == name)
+    for digits in cell["scores"].values():
+        digits |= {measure: its[first:last] for measure, its in digits.items()}
+    cell |= {"first": first, "last": last}
+
+
+def test_the_best_row_has_met_as_many_items_as_dense_and_is_ranked_against_it() -> None:
+    """A row that was right on the few items which it met is no better than one that was right on most of many."""
+    rows = lineup(dense=0.9)
+    rows[WIDE.name] = (WIDE, 0.12, 0.85)
+    rows[UNSHARED.name] = (UNSHARED, 0.1, 0.8)
+    result = made(rows)
+    cut(result, UNSHARED.name, 0, 8)  # all right, as dense was on these
+    best = findings.best_within(findings.points(result, 16384, 1024), 0.15, TASKS)
+    assert best
+    assert best.row["name"] == WIDE.name
+    assert best.mean(TASKS) < 0.9 < findings.points(result, 16384, 1024)[UNSHARED.name].mean(TASKS)
+    cut(result, DENSE, 0, 8)
+    assert findings.best_within(findings.points(result, 16384, 1024), 0.15, TASKS).row["name"] == UNSHARED.name  # type: ignore[union-attr]
+    many = made(rows, items=520)
+    cut(many, WIDE.name, 0, 500)  # enough
+    found = findings.points(many, 16384, 1024)
+    assert findings.best_within(found, 0.15, TASKS) is found[WIDE.name]
+    hard = made(rows)
+    cut(hard, WIDE.name, 0, 40)
+    for task in TASKS:  # the first half of the items is beyond dense too
+        for name in (DENSE, WIDE.name):
+            digits = next(cell for cell in hard["cells"] if cell["row"] == name)["scores"][task]
+            digits["greedy"] = "0" * 20 + digits["greedy"][20:]
+    gap = findings.difference(*(findings.points(hard, 16384, 1024)[name] for name in (WIDE.name, DENSE)), TASKS)
+    assert gap
+    assert gap.points == pytest.approx(-5)
+    del many["cells"][0]
+    assert findings.best_within(findings.points(many, 16384, 1024), 0.15, TASKS) is None
+
+
+def test_leads_over_quoka_are_those_of_the_most_items() -> None:
+    rows = lineup()
+    rows |= {row.name: (row, 0.3 - 0.2 * n, 1.0) for n, row in enumerate(PAPERS)}
+    result = made(rows)
+    for row in PAPERS:
+        cut(result, row.name, 30, 40)  # where QUOKA was always wrong
+    goals = [line for line in report.markdown(result, []).splitlines() if line.startswith("| 16K")]
+    assert len(goals) == 7
+    assert all(plans.UNSHARED in line and "n 80 |" in line for line in goals[3:])
+    words = [line for line in report.markdown(result, []).splitlines() if f"| {PAPER.family} | +100.0 (" in line]
+    assert words
+    assert all(", n 20 |" in line or ", n 50 |" in line for line in words)
+
+
+def test_figures_and_tables_put_rows_of_other_items_apart() -> None:
+    result = made(lineup())
+    cut(result, UNSHARED.name, 0, 30)
+    cut(result, WIDE.name, 30, 40)
+    found = findings.on_common_items(findings.points(result, 16384, 1024))
+    assert list(found) == [name for name in lineup() if name != WIDE.name]
+    assert {len(shares) for point in found.values() for shares in point.scores["greedy"].values()} == {30}
+    assert found["QUOKA: kv_ratio 0.25"].mean(TASKS) == pytest.approx(24 / 30)
+    assert found[UNSHARED.name].density(TASKS) == pytest.approx(0.1)
+    assert findings.on_common_items({}) == {}
+    far = json.loads(json.dumps(result["cells"])) + [cell | {"context": 8192} for cell in result["cells"]]
+    words = report.markdown(result | {"cells": far}, [])
+    heads = [line.split(" | ")[0] for line in words.splitlines() if line.startswith("| greedy, items")]
+    assert heads == ["| greedy, items 0-40", "| greedy, items 30-40", "| greedy, items 0-30"] * 2
+    pooled = [line for line in words.splitlines() if line.startswith("Chunk 1024, ")]
+    assert [line.split("; ")[1] for line in pooled] == [f"16K items {one}" for one in ("0-40", "30-40", "0-30")]
 
 
 def test_ranges_of_items_are_put_together() -> None:
@@ -806,6 +874,7 @@ def test_ranges_of_items_are_put_together() -> None:
     found["cells"].append(more)
     point = findings.points(found, 16384, 1024)[DENSE]
     shares = point.scores["greedy"]["niah_single"]
+    assert findings.items_words(point) == "items 0-40, 50-60"
     assert len(shares) == 60
     assert np.isnan(shares[40:50]).all()
     assert point.mean(["niah_single"]) == pytest.approx(40 / 50)

@@ -7,21 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fidelity.findings import Point, Record, bits_ratio, families, points, settings_of
+from benchmarks.fidelity.findings import Point, Record, bits_ratio, families, on_common_items, points, settings_of
 from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, TEXT
 from benchmarks.figure import canvas, finish, lines
 from benchmarks.records import tokens
 
 
 def draw_accuracy(result: Record, path: Path) -> None:
-    """A panel per context at the chunk that was swept most: greedy accuracy over the needle tasks."""
+    """A panel per context at the chunk that was swept most: greedy accuracy over the needle tasks.
+
+    All rows of a panel stand on the same items, whose number its title says.
+    """
     figure, panels, settings = _panels(result)
     for panel, (context, chunk) in zip(panels, settings, strict=False):
-        found = points(result, context, chunk)
+        found = on_common_items(points(result, context, chunk))
         _sweeps(panel, result, found, NEEDLE_TASKS, lambda point: point.mean(NEEDLE_TASKS))
         if DENSE in found:
             panel.axhline(found[DENSE].mean(NEEDLE_TASKS), color="black", linewidth=0.8, label="dense")
-        title = f"{tokens(context)}, chunk {chunk}: needle tasks"
+        items = min(len(shares) for point in found.values() for shares in point.scores["greedy"].values())
+        title = f"{tokens(context)}, chunk {chunk}: needle tasks, {items} items of each"
         panel.set(title=title, xlabel="density on their prompts", ylabel="share of right words", ylim=(-0.03, 1.03))
     finish(figure, panels, result, path, one_legend=True)
 

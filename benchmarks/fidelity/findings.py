@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from benchmarks.testbed.tasks import ANSWER_WORDS
 MEASURES = {"greedy": "greedy", "in_chunk": "in chunk"}
 DENSITIES = (0.05, 0.10, 0.15, 0.25)
 FEWEST_HIDDEN = 20
+ENOUGH_ITEMS = 500  # of each task
 
 
 def load(path: Path) -> Record:
@@ -72,6 +73,42 @@ class Point:
     @property
     def bits_per_byte(self) -> float:
         return float(self.bits.sum() / self.bytes.sum()) if len(self.bits) else math.nan
+
+
+def items_met(point: Point) -> tuple[tuple[int, int], ...]:
+    """The ranges (first, last + 1) of items that a row has met; they are the same for all tasks."""
+    known = _known(point)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]]).astype(int)))
+    return tuple((int(first), int(last)) for first, last in edges.reshape(-1, 2))
+
+
+def items_words(point: Point) -> str:
+    return "items " + ", ".join(f"{first}-{last}" for first, last in items_met(point))
+
+
+def _known(point: Point) -> np.ndarray:
+    """bool [items]: whether a row has met an item."""
+    return ~np.isnan(next(iter(point.scores["greedy"].values())))
+
+
+def on_common_items(found: dict[str, Point]) -> dict[str, Point]:
+    """Rows over the same items, to stand side by side: the rows of the item that most have met, on what they all met.
+
+    The other rows are left out.
+    """
+    longest = max((len(_known(point)) for point in found.values()), default=0)
+    known = {name: np.pad(_known(point), (0, longest - len(_known(point)))) for name, point in found.items()}
+    if not known:
+        return {}
+    most = int(np.sum(list(known.values()), axis=0).argmax())
+    rows = [name for name, those in known.items() if those[most]]
+    chosen = np.flatnonzero(np.all([known[name] for name in rows], axis=0))
+    kept = {}
+    for name in rows:
+        scores = found[name].scores
+        cut = {m: {task: shares[chosen] for task, shares in its.items()} for m, its in scores.items()}
+        kept[name] = replace(found[name], scores=cut)
+    return kept
 
 
 def settings_of(result: Record) -> list[tuple[int, int]]:
@@ -153,7 +190,7 @@ def _between(low: Point, high: Point, weight: float) -> Point:
 
 @dataclass(frozen=True)
 class Difference:
-    """One method's accuracy less another's, in points of 100, over the items that both met."""
+    """One method's accuracy less another's, in points of 100, over the items (in all: n) that both met."""
 
     points: float
     low: float
@@ -161,7 +198,7 @@ class Difference:
     items: int
 
     def __str__(self) -> str:
-        return f"{self.points:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        return f"{self.points:+.1f} ({self.low:+.1f} to {self.high:+.1f}), n {self.items}"
 
 
 def difference(one: Point, other: Point, tasks: Sequence[str], measure: str = "greedy") -> Difference | None:
@@ -249,12 +286,22 @@ def measuring_tasks(result: Record, context: int, chunk: int, measure: str = "gr
 
 
 def best_within(found: dict[str, Point], density: float, tasks: Sequence[str]) -> Point | None:
-    """The library's row of the highest accuracy on tasks up to a density on their prompts.
+    """The library's row that stands best against dense on tasks, up to a density on their prompts.
 
-    QUOKA, the oracle and the control do not count.
+    Rows are ranked by their difference to dense on the items that both met, and only those count which met as many as
+    dense, or `ENOUGH_ITEMS`: among few items chance finds a good row. QUOKA, the oracle and the control do not count.
+    None where there is no such row, or no dense one.
     """
+    if DENSE not in found:
+        return None
+    dense, enough = found[DENSE], min(int(_known(found[DENSE]).sum()), ENOUGH_ITEMS)
     own = [point for point in found.values() if _is_own(point) and point.density(tasks) <= density]
-    return max(own, key=lambda point: (point.mean(tasks), -point.density(tasks)), default=None)
+    ranked = []
+    for point in own:
+        gap = difference(point, dense, tasks)
+        if gap is not None and int(_known(point).sum()) >= enough:
+            ranked.append((gap.points, -point.density(tasks), point))
+    return max(ranked, key=lambda one: one[:2])[2] if ranked else None
 
 
 def best_on_text(found: dict[str, Point], density: float, dense: Point) -> Point | None:

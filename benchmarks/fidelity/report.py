@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.fidelity import figure
 from benchmarks.fidelity.findings import (
     DENSITIES,
+    ENOUGH_ITEMS,
     MEASURES,
     Point,
     Record,
@@ -20,6 +21,7 @@ from benchmarks.fidelity.findings import (
     bits_ratio,
     difference,
     families,
+    items_words,
     judge,
     load,
     measuring_tasks,
@@ -141,9 +143,10 @@ def _goals_section(result: Record) -> list[str]:
     ]
     body = table(("", "goal", "measured (95 %)", "met"), rows)
     words = (
-        "Accuracy in points. A density beside it is that on prompts of the same tasks. The best rows (by greedy "
-        "answers, and by bits per byte) and the best family are picked on the items that they are then judged on, "
-        "which flatters them."
+        "Accuracy in points, on the n items that both sides met. A density beside it is that on prompts of the same "
+        "tasks. The best rows (by greedy answers less dense, among those that met as many items as dense or "
+        f"{ENOUGH_ITEMS} of each task; and by bits per byte) and the best family (among those of the most items) are "
+        "picked on the items that they are then judged on, which flatters them."
     )
     return [words, "", *body] if body else []
 
@@ -153,7 +156,7 @@ def _ratio_words(ratio: tuple[float, float, float]) -> str:
 
 
 def _quoka_targets(found: dict[str, Point], where: str, measure: str) -> list[tuple[Target, str]]:
-    """At each density of QUOKA that a family of the library reaches, the best family's lead."""
+    """At each density of QUOKA that a family of the library reaches, the best lead of a family with enough items."""
     targets = []
     for point in quoka_points(found, QUOKA_TASKS):
         gaps, density = {}, point.density(QUOKA_TASKS)
@@ -163,6 +166,9 @@ def _quoka_targets(found: dict[str, Point], where: str, measure: str) -> list[tu
                 level = at_density(sweep, density, QUOKA_TASKS)
                 gaps[family] = None if level is None else difference(level, point, QUOKA_TASKS, measure)
         leads = {family: gap for family, gap in gaps.items() if gap is not None}
+        most = max((gap.items for gap in leads.values()), default=0)
+        enough = min(most, ENOUGH_ITEMS * len(QUOKA_TASKS))
+        leads = {family: gap for family, gap in leads.items() if gap.items >= enough}
         if leads:
             family = max(leads, key=lambda name: leads[name].points)
             what = f"{where}, {MEASURES[measure]}: {family} less {point.row['name']}, both at density {density:.3f}"
@@ -174,9 +180,9 @@ def _quoka_targets(found: dict[str, Point], where: str, measure: str) -> list[tu
 def _equal_section(result: Record) -> list[str]:
     """Families between their neighbours of each density: accuracy over the needle tasks, and less dense."""
     lines = [
-        "Mean over the five needle tasks, less dense, in points (95 %), at densities on prompts of these tasks; and "
-        "bits per byte ÷ dense at densities on held-out text. Each family between the two points of its sweep that "
-        "enclose the density, interpolated linearly item by item; a dash is outside its sweep.",
+        "Mean over the five needle tasks, less dense, in points (95 %, n items), at densities on prompts of these "
+        "tasks; and bits per byte ÷ dense at densities on held-out text. Each family between the two points of its "
+        "sweep that enclose the density, interpolated linearly item by item; a dash is outside its sweep.",
         "",
     ]
     heads = [f"at {density:g}" for density in DENSITIES]
@@ -226,7 +232,7 @@ def _quoka_section(result: Record) -> list[str]:
                         head = (_where(context, chunk), point.row["name"], density, family)
                         rows.append((*head, *map(_or_dash, gaps)))
         body = table(("", "QUOKA", "density", "family", *MEASURES.values()), rows)
-        what = f"{words}: points of each family less QUOKA's, at QUOKA's density on their prompts (95 %)."
+        what = f"{words}: points of each family less QUOKA's, at QUOKA's density on their prompts (95 %, n items)."
         lines += [what, "", *body, ""] if body else []
     return lines
 
@@ -258,7 +264,7 @@ def _beside_section(result: Record) -> list[str]:
     head = ["", "row", "density"]
     head += [f"{name}, {base}" for base in ("at equal density", "at equal alpha") for name in MEASURES.values()]
     body = table(head, rows)
-    words = "Points over the needle tasks, with the change less without it (95 %)."
+    words = "Points over the needle tasks, with the change less without it (95 %, n items)."
     return [words, "", *body] if body else []
 
 
@@ -268,20 +274,21 @@ def _sweeps_alike(row: Record, other: Record) -> bool:
 
 
 def _pooled_section(result: Record) -> list[str]:
-    """Every row over all contexts of a chunk: each item counts alike."""
+    """Every row over all contexts of a chunk, a table for the rows of the same items: each item counts alike."""
     lines = []
     settings = settings_of(result)
     for chunk in dict.fromkeys(chunk for _, chunk in settings):
         contexts = [context for context, its in settings if its == chunk]
         by_context = [points(result, context, chunk) for context in contexts]
-        rows = []
+        alike: dict[str, list[tuple[str, ...]]] = {}
         for name in result["rows"]:
-            met = [found[name].scores["greedy"] for found in by_context if name in found]
+            met = {tokens(one): found[name] for one, found in zip(contexts, by_context, strict=True) if name in found}
             if met:
-                rows.append((name, *(_score(np.concatenate([scores[task] for scores in met])) for task in TASKS)))
-        where = ", ".join(map(tokens, contexts))
-        if len(contexts) > 1:
-            lines += [f"Chunk {chunk}, contexts {where}; greedy.", "", *table(("", *SHORT_NAMES.values()), rows), ""]
+                pooled = [np.concatenate([point.scores["greedy"][task] for point in met.values()]) for task in TASKS]
+                where = "; ".join(f"{context} {items_words(point)}" for context, point in met.items())
+                alike.setdefault(where, []).append((name, *map(_score, pooled)))
+        for where, rows in alike.items() if len(contexts) > 1 else ():
+            lines += [f"Chunk {chunk}, {where}; greedy.", "", *table(("", *SHORT_NAMES.values()), rows), ""]
     return lines
 
 
@@ -295,8 +302,12 @@ def _rows_section(result: Record) -> list[str]:
         head += ("coverage", "under 0.9", "worst", "error", "bits per byte ÷ dense (95 %)")
         lines += [f"### {_where(context, chunk)}", "", *table(head, rows), ""]
         for measure, measure_name in MEASURES.items():
-            rows = [(name, *(_score(point.scores[measure][task]) for task in TASKS)) for name, point in found.items()]
-            lines += [*table((measure_name, *SHORT_NAMES.values()), rows), ""]
+            alike: dict[str, list[tuple[str, ...]]] = {}  # rows of other items in a table of their own
+            for name, point in found.items():
+                scores = [_score(point.scores[measure][task]) for task in TASKS]
+                alike.setdefault(items_words(point), []).append((name, *scores))
+            for items, those in alike.items():
+                lines += [*table((f"{measure_name}, {items}", *SHORT_NAMES.values()), those), ""]
     return lines
 
 
@@ -328,7 +339,7 @@ def _absent_section(result: Record) -> list[str]:
     ]
     left = result["runs"][-1]["not_run"]
     if left:
-        lines.append(f"- {len(left)} cells were not run for want of time, {left[0]} the first of them")
+        lines.append(f"- {len(left)} cells were not reached by the last run, {left[0]} the first of them")
     return lines
 
 
