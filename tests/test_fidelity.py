@@ -335,6 +335,12 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
     for spans in ranges.values():
         assert spans[0][0] == 0
         assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+    for stage, row in plan.cells():
+        assert plans.planned_seconds(stage, row, plan.device, plan.tokens_at_once) < 60
+    # the last stages at 32K are the longest: what they have is what the goals ask for
+    last = [row for stage, row in plan.cells() if (stage.context, stage.chunk, stage.last) == (32768, 1024, 512)]
+    assert [row.name for row in last if row.kind != "library"] == [DENSE, "QUOKA: kv_ratio 0.15"]
+    assert {row.family for row in last} == {DENSE, CONTROL, QUOKA, plans.UNSHARED, plans.PAPER.format(4)}
     swept = {row.family for row in plan.rows if row.parameter}
     assert swept >= {QUOKA, plans.UNSHARED, "XAttention unshared", "SeerAttention unshared", "Oracle unshared"}
     assert {plans.PAPER.format(heads) for heads in (1, 2, 4)} <= swept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.testbed.tasks import SHORTEST
@@ -163,12 +164,12 @@ def preset(name: str) -> Preset:
 
 def _h200_stages() -> tuple[Stage, ...]:
     """Over its contexts at chunk 1024 every row meets 512 items of each task or more; those of the final comparison
-    meet 512 at 16K and at 32K alone."""
+    meet 512 at 16K and at 32K alone, in stages that keep a cell under a minute."""
     return (
         Stage(16 * K, K, 0, 192, 2, windows=24, probes=16),
         Stage(32 * K, K, 0, 64, 1, windows=16, probes=16),
         Stage(16 * K, K, 192, 512, 0),
-        Stage(32 * K, K, 64, 512, 0),
+        *(Stage(32 * K, K, first, last, 0) for first, last in pairwise((64, 176, 288, 400, 512))),
         Stage(8 * K, K, 0, 160, 2, windows=32, probes=16),
         Stage(4 * K, K, 0, 160, 2, windows=32, probes=16),
         Stage(16 * K, 512, 0, 96, 1, windows=24, probes=16),
@@ -200,7 +201,7 @@ def quoka_rows(budgets: dict[float, int]) -> list[Row]:
 def _rows() -> tuple[Row, ...]:
     rows = fixed_rows()
     rows += sweep(UNSHARED, "FlashPrefill", "alpha", {0.6: 1, 0.25: 0, 0.12: 0, 0.05: 1, 0.02: 1})
-    rows += quoka_rows({0.25: 1, 0.15: 0, 0.10: 0, 0.05: 1})
+    rows += quoka_rows({0.25: 1, 0.15: 0, 0.10: 1, 0.05: 1})
     rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", {0.95: 1, 0.6: 0, 0.35: 0, 0.15: 1}, heads=4, span=None)
     for heads in (2, 1):
         rows += sweep(PAPER.format(heads), "FlashPrefill", "alpha", {0.8: 1, 0.35: 1, 0.12: 1}, heads=heads, span=None)
@@ -251,7 +252,8 @@ def _cpu_rows() -> tuple[Row, ...]:
 # measurements. A run replaces their common factor by what its first cells took.
 _SECONDS_PER_MILLION = {"cuda": 0.5, "cpu": 400.0}
 _DECODE_STEP_SECONDS = {"cuda": 0.01, "cpu": 0.03}
-_KIND_FACTORS = {"dense": 1.6, "quoka": 3.0, "FlashPrefill": 1.0, "XAttention": 1.5, "Oracle": 2.0, "SeerGate": 1.2}
+_FACTORS = {DENSE: 1.6, CONTROL: 0.8}  # by name, else by kind or selector
+_FACTORS |= {"quoka": 3.0, "FlashPrefill": 1.0, "XAttention": 1.5, "Oracle": 2.0, "SeerGate": 1.2}
 _ANSWER_TOKENS = 23  # mean over the tasks
 TASK_COUNT = 7
 
@@ -260,7 +262,7 @@ def planned_seconds(stage: Stage, row: Row, device: str, tokens_at_once: int) ->
     """What one cell is planned to take; the shorter contexts of a GPU cost less per token."""
     items = stage.last - stage.first
     prompt_tokens = stage.context * (TASK_COUNT * items + stage.windows + 3 * stage.probes)
-    factor = _KIND_FACTORS.get(row.kind, _KIND_FACTORS.get(row.selector, 1.6))
+    factor = next((_FACTORS[one] for one in (row.name, row.kind, row.selector) if one in _FACTORS), 1.6)
     if device == "cuda":
         factor *= 0.4 + 0.6 * stage.context / (32 * K)
     batches = TASK_COUNT * -(-items * stage.context // max(tokens_at_once, stage.context))
