@@ -597,6 +597,39 @@ def test_an_error_that_the_gpu_does_not_survive_is_known_by_the_next_call(monkey
     assert not run.is_device_lost(RuntimeError("shapes"), "cpu")
 
 
+def test_the_pace_is_that_of_cells_which_compile_nothing(
+    resumed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every first cell of a selector takes 10 times as long as planned, the others take twice as long."""
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    kernels: set[tuple[object, ...]] = set()
+    really = run.measured_cell
+
+    def measured_cell(stage: Stage, row: Row, chosen: Preset, *others: Any) -> dict[str, Any]:
+        planned = plans.planned_seconds(stage, row, chosen.device, chosen.tokens_at_once)
+        now[0] += planned * (2 if run.kernels_of(row) in kernels else 10)
+        kernels.add(run.kernels_of(row))
+        return really(stage, row, chosen, *others)
+
+    monkeypatch.setattr(run, "measured_cell", measured_cell)
+    many = tuple(replace(UNSHARED, name=f"{n}", settings={"alpha": n / 9}) for n in range(4))
+    rows = (ROWS[DENSE], ROWS[CONTROL], SWEEP[0], *many, LIBRARY_DENSE)
+    stage = Stage(512, 128, 10, 12, 2)
+    dense, *rest = (plans.planned_seconds(stage, row, "cpu", TINY.tokens_at_once) for row in rows)
+    last = rest[-1]
+    # before the last cell: what was spent, and what is planned for it at twice the plan
+    budget = 10 * (dense + sum(rest[:3])) + 2 * sum(rest[3:-1]) + 2 * last
+    plan = replace(TINY, rows=rows, stages=(stage,), budget_seconds=budget + 1e-6)
+    asked, found = resumed(plan)
+    assert len(asked) == len(rows)
+    mine = [cell for cell in found["cells"] if cell["first"] == 10]
+    assert [cell["warms_up"] for cell in mine] == [True] * 4 + [False] * 3 + [True]
+    assert run.pace(mine) == pytest.approx(2.0, rel=0.01)
+    assert run.pace(mine[:4]) is None
+    assert plans.preset("h200").budget_seconds <= 480
+
+
 def test_sources_are_what_decides_the_numbers(tmp_path: Path) -> None:
     files = {file.relative_to(machine.ROOT).as_posix() for file in machine.ROOT.glob("*/**/*.py")}
     decisive = {

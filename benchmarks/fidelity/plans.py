@@ -155,7 +155,7 @@ def preset(name: str) -> Preset:
         ValueError: an unknown name; the message lists the known ones.
     """
     if name == "h200":
-        return Preset("cuda", _h200_stages(), _rows(), 540.0, 4 * K * K)
+        return Preset("cuda", _h200_stages(), _rows(), 480.0, 4 * K * K)
     if name == "cpu":
         stages = (Stage(K, 256, 0, 1, 1, windows=1, probes=8),)
         return Preset("cpu", stages, _cpu_rows(), 150.0, 16 * K)

@@ -36,6 +36,7 @@ from benchmarks.baselines import reason
 from benchmarks.fidelity import answering
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import (
+    DENSE,
     NEEDLE_TASKS,
     TEXT,
     Preset,
@@ -271,8 +272,12 @@ def cell_key(cell: dict[str, Any]) -> tuple[int, ...]:
 
 
 def pace(cells: Sequence[dict[str, Any]]) -> float | None:
-    """Measured over planned seconds of the last cells; None before the first."""
-    recent = [cell for cell in cells if cell["status"] == "ok"][-8:]
+    """Measured over planned seconds of the last cells that say something about others; None before the first.
+
+    Those that warm their selector up, which may compile its kernels, and dense ones do not.
+    """
+    telling = [cell for cell in cells if cell["status"] == "ok" and cell["row"] != DENSE and not cell["warms_up"]]
+    recent = telling[-8:]
     return sum(cell["seconds"] for cell in recent) / sum(cell["planned"] for cell in recent) if recent else None
 
 
@@ -301,22 +306,23 @@ def _measure(
     started: float,
 ) -> None:
     """Measure cell after cell, and rewrite the JSON after each."""
-    current, lost = result["runs"][-1], False
-    fresh: list[dict[str, Any]] = []  # the pace is that of this run once it has one
+    current, number, lost = result["runs"][-1], len(result["runs"]) - 1, False
+    warm: set[tuple[object, ...]] = set()
     for stage, row in todo:
         planned = planned_seconds(stage, row, chosen.device, chosen.tokens_at_once)
         elapsed = time.perf_counter() - started
-        expected = planned * (pace(fresh) or pace(result["cells"]) or 1.0)
+        fresh = [cell for cell in result["cells"] if cell["run"] == number]
+        expected = planned * (pace(fresh) or pace(result["cells"]) or 1.0)  # this run's own once it has one
         if lost or elapsed + expected > chosen.budget_seconds:
             current["not_run"].append(f"{row.name} at {stage}")
         else:
             cell = measured_cell(stage, row, chosen, methods, items)
-            cell |= {"run": len(result["runs"]) - 1, "planned": round(planned, 2)}
+            cell |= {"run": number, "planned": round(planned, 2), "warms_up": kernels_of(row) not in warm}
+            if cell["status"] == "ok":
+                warm.add(kernels_of(row))
             if row.selector == "SeerGate":
                 cell["gate"] = result["model"]["gate"]
             cell["seconds"] = round(time.perf_counter() - started - elapsed, 2)
-            if row.kind != "dense":
-                fresh.append(cell)
             _put(result, cell)
             result["hidden"].setdefault(f"{stage.context}/{stage.chunk}", {}).update(items.hidden(stage))
             print(f"[{elapsed:6.1f} s] {progress(cell)}", flush=True)
@@ -330,6 +336,11 @@ def _measure(
         why = "because the GPU is lost to this process" if lost else "for want of time"
         print(f"{len(current['not_run'])} cells were not run {why}; --resume goes on with them")
         write_json(path, result)
+
+
+def kernels_of(row: Row) -> tuple[object, ...]:
+    """Rows for which this is the same run the same kernels, which the first of them in a process compiles."""
+    return row.kind, row.selector, row.correction, row.settings.get("top_k") == 0
 
 
 def _put(result: dict[str, Any], cell: dict[str, Any]) -> None:
