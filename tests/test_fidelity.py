@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks.testbed import model as models
 from benchmarks.testbed import train_gate
 from benchmarks.testbed.answers import decode, prefill
 from benchmarks.testbed.tasks import ANSWER_WORDS, END, QUESTION, TASKS, Example, TaskSource
+from benchmarks.testbed.train import write_record
 from compactattn import Oracle, select
 from tests.test_quality import step
 
@@ -448,6 +450,31 @@ def test_resuming_asks_for_the_same_sources_and_weights(
         (tmp_path / "fidelity-cpu.json").write_text(json.dumps(found | change))
         with pytest.raises(ValueError, match=message):
             run.run(options)
+
+
+def test_another_corpus_than_the_models_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `fidelity` and by `train_gate`; a record that names none, or no record, asks for none."""
+    monkeypatch.setattr(run, "preset", lambda name: replace(TINY, budget_seconds=0.0))
+    weights = tmp_path / "model"
+    shutil.copytree(place / "model", weights)
+    corpus = corpora.load(place / "corpus.zip")
+    options = run.Options("cpu", tmp_path / "out", weights=weights, corpus=place / "corpus.zip")
+    gate = ["--weights", str(weights), "--corpus", str(options.corpus), "--out", str(tmp_path / "gates")]
+    gate += ["--device", "cpu", "--max-steps", "1", "--length", "512"]
+    record: dict[str, Any] = {"complete": True, "steps": 1}
+    for named in ({}, {"corpus": corpus.statistics()}):
+        write_record(weights, record | named)
+        assert run.run(options) == 0
+    train_gate.main(gate)
+    other = corpora.split({file.path: file.data + b"#" for file in corpus.train + corpus.heldout}, "3.99")
+    write_record(weights, record | {"corpus": other.statistics()})
+    message = r"--corpus: expected the text that the model in .* was trained on, \w{16} \(the library of Python 3.99"
+    with pytest.raises(ValueError, match=message):
+        run.run(options)
+    with pytest.raises(SystemExit, match=f"train_gate: {message}"):
+        train_gate.main(gate)
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@
     python3 -m benchmarks fidelity --preset h200 --corpus out/stdlib.zip --resume   # again and again until all is there
     python3 -m benchmarks report benchmarks/results/fidelity-h200.json
 
-The corpus is `python3 -m benchmarks.testbed.corpus --out out/stdlib.zip`, made where Python has its whole library. The
-model is the committed one, or `--weights DIRECTORY`; it should be trained on the tasks (`testbed.train_tasks`) and have
+The corpus is `python3 -m benchmarks.testbed.corpus --out out/stdlib.zip`, made by the Python whose whole library the
+model was trained on: another text is refused, for what is held out of it need not be new to the model. The model is
+the committed one, or `--weights DIRECTORY`; it should be trained on the tasks (`testbed.train_tasks`) and have
 gates (`testbed.train_gate`), and the report says where it is not or has none.
 
 A cell is one row over one stage's context, chunk and items. The JSON is rewritten after every cell; `--resume` keeps
@@ -54,7 +55,7 @@ from benchmarks.testbed.evaluate import heldout_windows
 from benchmarks.testbed.intervals import METHODS as INTERVALS
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model
 from benchmarks.testbed.tasks import ANSWER_WORDS, TASKS, Example, TaskSource
-from benchmarks.testbed.train import RECORD_FILE
+from benchmarks.testbed.train import check_corpus, read_record
 from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
 
 KIND, SCHEMA = "fidelity", 1
@@ -84,7 +85,7 @@ class Options:
     Attributes:
         preset, out: which preset, and the directory of its results.
         weights: directory of the model; its `seer_gate.safetensors` is used if it is there, or `gate`.
-        corpus: packed corpus, None for the running Python's library.
+        corpus: packed corpus, None for the running Python's library; refused if the model's record names another.
         only: comma-separated parts of row names, or shell patterns; None runs all.
         contexts: comma-separated; None runs all of the preset's.
         resume: keep the cells that the result in `out` already has from the same sources, weights and corpus; those
@@ -153,7 +154,9 @@ def run(options: Options) -> int:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
     started, on_cpu = time.perf_counter(), chosen.device == "cpu"
-    source = TaskSource(corpora.load(options.corpus), TASK_SEED)
+    corpus = corpora.load(options.corpus)
+    check_corpus(options.weights, corpus)
+    source = TaskSource(corpus, TASK_SEED)
     items = Items(source, processes=0 if on_cpu else 8)  # before CUDA starts: they are forked
     with items, torch_threads(options.threads if on_cpu else torch.get_num_threads()):
         model = load_model(options.weights, chosen.device)
@@ -239,9 +242,8 @@ def _model_record(directory: Path, methods: Methods) -> dict[str, Any]:
     record["gate"] = None if gate is None else hashlib.sha256(gate).hexdigest()[:16]
     record["parameters"] = sum(p.numel() for p in methods.model.parameters())
     record["dtype"] = str(methods.model.dtype).removeprefix("torch.")
-    training = directory / RECORD_FILE
-    if training.exists():
-        told = json.loads(training.read_text())
+    told = read_record(directory)
+    if told is not None:
         record["training"] = {name: told.get(name) for name in ("complete", "steps", "tokens", "seconds", "device")}
         record["training"]["tasks"] = told.get("tasks")
     return record

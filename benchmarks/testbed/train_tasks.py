@@ -55,9 +55,9 @@ from benchmarks.testbed.train import (
     FINAL_WINDOWS,
     GRADIENT_NORM,
     INTERIM_WINDOWS,
-    RECORD_FILE,
     machine_of,
     make_optimizer,
+    read_record,
     stopping,
     usable_device,
     write_record,
@@ -127,12 +127,12 @@ class Run:
         self.source = TaskSource(corpus, settings.seed)
         self.model = load_model(init, device).train()
         self.optimizer = make_optimizer(self.model, settings, device)
-        self.progress, self.earlier = Progress(), _without_curves(_record_beside(init))
+        self.progress, self.earlier = Progress(), _without_curves(read_record(init))
         self.stopped = False
         if checkpoints.exists(state):
             self._resume()
         if self.is_over:
-            if (_record_beside(out) or {}).get("complete"):
+            if (read_record(out) or {}).get("complete"):
                 raise ValueError(f"--state: expected a run with something left to do, got one that is over, in {state}")
             return
         machine = machine_of(device)
@@ -309,16 +309,6 @@ class Run:
 
 def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the workers too; the run ends them
-
-
-def _record_beside(weights: Path) -> dict[str, Any] | None:
-    """What `training.json` in a directory of weights says; None where there is none."""
-    try:
-        return json.loads((weights / RECORD_FILE).read_text())
-    except OSError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{weights / RECORD_FILE}: expected JSON, got: {error}") from error
 
 
 def _without_curves(record: dict[str, Any] | None) -> dict[str, Any] | None:
