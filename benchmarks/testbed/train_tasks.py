@@ -3,12 +3,13 @@
     python3 -m benchmarks.testbed.corpus --out out/stdlib.zip                            # where Python is whole
     python3 -m benchmarks.testbed.train_tasks --corpus out/stdlib.zip --out out/weights  # one leg; again for the next
 
-Each call is a leg, at most `--minutes` (8.6) of wall clock; three of them use up the `--total-minutes` (24). A leg goes
-on from the checkpoint in `--state` (default: `state` in `--out`; begin anew by removing it), the first one from the
-weights in `--init`, the committed ones. The leg that ends the budget measures the model, which is planned to take
-about another minute, and marks the record complete. Every leg leaves `model.safetensors`, `config.json` and
-`training.json` in `--out`; copy the final three over `benchmarks/testbed/weights`. A leg that is killed is taken up
-from its last interim evaluation, and one that is killed while it measures, measures again.
+Each call is a leg, at most `--minutes` (8.6) of wall clock after its imports; three of them use up the
+`--total-minutes` (24). A leg goes on from the checkpoint in `--state` (default: `state` in `--out`; begin anew by
+removing it), the first one from the weights in `--init`, the committed ones. The leg that ends the budget measures the
+model, which is planned to take about another minute, and marks the record complete. Every leg leaves
+`model.safetensors`, `config.json` and `training.json` in `--out`; copy the final three over
+`benchmarks/testbed/weights`. A leg that is killed is taken up from its last interim evaluation, and one that is killed
+while it measures, measures again.
 
 A checkpoint is `state.json` and two shards, about 21 MB together and none over 16 MiB, so that a leg can go on on
 another machine: that needs `out/stdlib.zip` and `out/weights/state`, which git ignores like all of `out/`.
@@ -103,7 +104,7 @@ class Run:
         out: directory of the results.
         state: directory of the checkpoint; where it holds one, the run goes on from it.
         device: where to train.
-        began: when the leg began, by `clock`; None is now.
+        began: when the leg began, by `clock`, to count `Settings.minutes` from; None is now.
         clock: seconds.
 
     Raises:
@@ -330,7 +331,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train one leg and write the results; every foreseeable failure ends in one line of text."""
-    began = time.monotonic()
+    began = time.monotonic()  # imports lie before it
     options = parse_arguments(arguments)
     try:
         settings = Settings(**{setting.name: getattr(options, setting.name) for setting in fields(Settings)})
