@@ -6,8 +6,8 @@ writes `seer_gate.safetensors`, which `compactattn.load_seer_gates` reads (the t
 bfloat16), and `seer_gate.json`, the record of the run. The corpus must be the one that the model's record names;
 without `--corpus` it is the library of the Python that runs this. `--layers 2,4` leaves the other layers out, as a
 capture does. It takes `--minutes` (4) of training and less than a minute around it. A run that is stopped (SIGTERM,
-SIGINT, `--leg-minutes`) leaves a checkpoint in `--state`, and the same command goes on from there; the checkpoint is
-removed when the gates are written.
+SIGINT, `--leg-minutes`), or killed while it measures the gates at the end, leaves a checkpoint in `--state`, and the
+same command goes on from there; the checkpoint is removed when the gates are written.
 
 What a gate learns (SeerAttention, arXiv 2410.13276): attention maps are max-pooled over (query block, KV block) tiles
 and normalised to sum to one over the visible KV blocks; the gate's softmax over blocks is fitted to that by its
@@ -214,7 +214,7 @@ class Run:
         """Step until the budget or the leg is used, or `stop` was called; one window is one step.
 
         Returns:
-            Whether the budget is used. If not, a checkpoint was written.
+            Whether the budget is used. A checkpoint was written in either case: what is left to do can be killed.
         """
         settings, losses = self.settings, []
         leg_began = time.monotonic()
@@ -237,10 +237,8 @@ class Run:
                 self.curve.append({"step": self.step, "seconds": round(self.seconds, 2), "divergence": round(mean, 5)})
                 print(f"step {self.step:6d}  {self.seconds:6.1f} s  divergence {mean:.4f}", flush=True)
                 losses = []
-        if self._share() >= 1.0:
-            return True
         self._save()
-        return False
+        return self._share() >= 1.0
 
     def stop(self, *_: object) -> None:
         """End the leg after the present step; a signal handler."""
