@@ -295,7 +295,7 @@ def best_within(found: dict[str, Point], density: float, tasks: Sequence[str]) -
     if DENSE not in found:
         return None
     dense, enough = found[DENSE], min(int(_known(found[DENSE]).sum()), ENOUGH_ITEMS)
-    own = [point for point in found.values() if _is_own(point) and point.density(tasks) <= density]
+    own = [point for point in found.values() if is_own(point) and point.density(tasks) <= density]
     ranked = []
     for point in own:
         gap = difference(point, dense, tasks)
@@ -306,12 +306,13 @@ def best_within(found: dict[str, Point], density: float, tasks: Sequence[str]) -
 
 def best_on_text(found: dict[str, Point], density: float, dense: Point) -> Point | None:
     """The library's row of the fewest bits per byte over dense up to a density on held-out text."""
-    ratios = {name: bits_ratio(point, dense) for name, point in found.items() if _is_own(point)}
+    ratios = {name: bits_ratio(point, dense) for name, point in found.items() if is_own(point)}
     own = {name: its[0] for name, its in ratios.items() if its and found[name].density((TEXT,)) <= density}
     return found[min(own, key=own.__getitem__)] if own else None
 
 
-def _is_own(point: Point) -> bool:
+def is_own(point: Point) -> bool:
+    """Whether a row is the library's own selection; QUOKA, the oracle, the control and dense rows are not."""
     return point.row["kind"] == "library" and point.row["selector"] not in ("Dense", "Oracle")
 
 

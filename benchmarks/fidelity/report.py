@@ -21,6 +21,7 @@ from benchmarks.fidelity.findings import (
     bits_ratio,
     difference,
     families,
+    is_own,
     items_words,
     judge,
     load,
@@ -118,15 +119,18 @@ def _verdicts(result: Record) -> list[str]:
 def _goals_section(result: Record) -> list[str]:
     """The goals at 16K and 32K, chunk 1024, with what was measured."""
     targets: list[tuple[Target, str]] = []
+    notes = []
     for context in GOAL_CONTEXTS:
-        found = points(result, context, 1024)
+        found, where = points(result, context, 1024), tokens(context)
         dense, best = found.get(DENSE), best_within(found, GOAL_DENSITY, tuple(TASKS))
-        if dense is None or best is None:
+        if dense is None:
             continue
-        where, name = tokens(context), f"{best.row['name']}, density {best.density(tuple(TASKS)):.3f}"
+        if best is None:
+            notes.append(f"{where}: no row at density ≤ {GOAL_DENSITY} on all tasks has met so many items as dense.")
         for measure, measure_name in MEASURES.items():
-            gap = difference(best, dense, tuple(TASKS), measure)
-            if gap is not None:
+            gap = best and difference(best, dense, tuple(TASKS), measure)
+            if best is not None and gap is not None:
+                name = f"{best.row['name']}, density {best.density(tuple(TASKS)):.3f}"
                 what = f"{where}, {measure_name}: best row at density ≤ {GOAL_DENSITY} ({name}) less dense, all tasks"
                 targets.append((Target(what, -0.5, gap.points), str(gap)))
         reader = best_on_text(found, GOAL_DENSITY, dense)
@@ -148,7 +152,8 @@ def _goals_section(result: Record) -> list[str]:
         f"{ENOUGH_ITEMS} of each task; and by bits per byte) and the best family (among those of the most items) are "
         "picked on the items that they are then judged on, which flatters them."
     )
-    return [words, "", *body] if body else []
+    lines = [words, "", *body, *([""] if body and notes else []), *notes]
+    return lines if body or notes else []
 
 
 def _ratio_words(ratio: tuple[float, float, float]) -> str:
@@ -161,8 +166,7 @@ def _quoka_targets(found: dict[str, Point], where: str, measure: str) -> list[tu
     for point in quoka_points(found, QUOKA_TASKS):
         gaps, density = {}, point.density(QUOKA_TASKS)
         for family, sweep in families(found, QUOKA_TASKS).items():
-            own = sweep[0].row
-            if own["kind"] == "library" and own["selector"] not in ("Dense", "Oracle"):
+            if is_own(sweep[0]):
                 level = at_density(sweep, density, QUOKA_TASKS)
                 gaps[family] = None if level is None else difference(level, point, QUOKA_TASKS, measure)
         leads = {family: gap for family, gap in gaps.items() if gap is not None}
@@ -178,7 +182,7 @@ def _quoka_targets(found: dict[str, Point], where: str, measure: str) -> list[tu
 
 
 def _equal_section(result: Record) -> list[str]:
-    """Families between their neighbours of each density: accuracy over the needle tasks, and less dense."""
+    """Families between their neighbours of each density: accuracy less dense's, and bits per byte over dense's."""
     lines = [
         "Mean over the five needle tasks, less dense, in points (95 %, n items), at densities on prompts of these "
         "tasks; and bits per byte ÷ dense at densities on held-out text. Each family between the two points of its "
