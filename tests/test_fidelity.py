@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from benchmarks import machine
 from benchmarks.__main__ import main
-from benchmarks.fidelity import answering, findings, plans, probing, report, run
+from benchmarks.fidelity import answering, figure, findings, plans, probing, report, run
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA, Preset, Row, Stage
 from benchmarks.testbed import corpus as corpora
@@ -917,10 +917,16 @@ def test_leads_over_quoka_are_those_of_the_most_items() -> None:
     assert all(", n 20 |" in line or ", n 50 |" in line for line in words)
 
 
-def test_figures_and_tables_put_rows_of_other_items_apart() -> None:
+def test_figures_and_tables_put_rows_of_other_items_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     result = made(lineup())
     cut(result, UNSHARED.name, 0, 30)
     cut(result, WIDE.name, 30, 40)
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure, "finish", lambda canvas, panels, *_, **options: drawn.extend(panels))
+    figure.draw_accuracy(result, Path())
+    assert drawn[0].get_title().endswith("\n30 items of each")
+    (quoka,) = [line for line in drawn[0].lines if line.get_label() == QUOKA]
+    assert quoka.get_ydata() == pytest.approx([8 / 30, 24 / 30])
     found = findings.on_common_items(findings.points(result, 16384, 1024))
     assert list(found) == [name for name in lineup() if name != WIDE.name]
     assert {len(shares) for point in found.values() for shares in point.scores["greedy"].values()} == {30}
