@@ -124,7 +124,7 @@ def _add_fidelity(commands: Any) -> None:
     fidelity.add_argument("--out", type=Path, default=RESULTS, help="directory for fidelity-PRESET.json")
     fidelity.add_argument("--weights", type=Path, help="directory of the model (default: the test bed's)")
     fidelity.add_argument("--gate", type=Path, help="gate weights (default: seer_gate.safetensors beside the model)")
-    fidelity.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
+    fidelity.add_argument("--corpus", type=Path, help="the model's, packed; default: the running Python's library")
     fidelity.add_argument("--only", help="comma-separated parts of row names, or shell patterns")
     fidelity.add_argument("--contexts", help="comma-separated contexts of the preset, such as 16384,32768")
     fidelity.add_argument("--items", type=int, help="at most so many items per task")

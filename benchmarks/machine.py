@@ -26,18 +26,25 @@ SIZE = 8192  # of the product that stands for the matrix units
 LONG = 2 * SIZE
 LATENCY_SOURCES = ("compactattn/**/*.py", "benchmarks/*.py")
 TTFT_SOURCES = (*LATENCY_SOURCES, "benchmarks/ttft/*.py")
-FIDELITY_SOURCES = ("compactattn/**/*.py", "benchmarks/fidelity/*.py", "benchmarks/testbed/*.py")
+# What decides measured numbers: neither plans, whose rows and stages a result holds itself, nor what reads a result.
+FIDELITY_SOURCES = (
+    "compactattn/**/*.py",
+    "!compactattn/cli/**/*.py",
+    *(f"benchmarks/fidelity/{name}.py" for name in ("answering", "methods", "probing", "run")),
+    *(f"benchmarks/testbed/{name}.py" for name in ("answers", "corpus", "evaluate", "model", "tasks")),
+)
 SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 def sources(root: Path = ROOT, patterns: Sequence[str] = LATENCY_SOURCES) -> str:
     """A hash of every source file that a result depends on, for machines without git: 16 hexadecimal digits.
 
-    It covers the files of the patterns, by relative path and content: `python -m benchmarks sources` prints that of a
-    checkout, so a result can be tied to the commit it came from.
+    It covers the files of the patterns, less those of patterns that begin with "!", by relative path and content:
+    `python -m benchmarks sources` prints that of a checkout, so a result can be tied to the commit it came from.
     """
     digest = hashlib.sha256()
-    files = {file for pattern in patterns for file in root.glob(pattern)}
+    files = {file for pattern in patterns if pattern[0] != "!" for file in root.glob(pattern)}
+    files -= {file for pattern in patterns if pattern[0] == "!" for file in root.glob(pattern[1:])}
     for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode())

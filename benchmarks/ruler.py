@@ -35,6 +35,7 @@ from benchmarks.ruler_report import RULER_TASKS, table_lines
 from benchmarks.testbed.tokenizer import save_byte_tokenizer
 
 KIND, SCHEMA = "ruler", 1
+RULER_SOURCES = (*FIDELITY_SOURCES, *(f"benchmarks/{name}.py" for name in ("ruler", "harness", "testbed/tokenizer")))
 PUBLISHED_ALPHAS = {"llama": 0.18, "qwen3_moe": 0.12, "qwen2": 0.08}
 METHODS = (
     "dense",
@@ -162,7 +163,7 @@ def run(options: Options) -> int:
 def _opened(options: Options, alpha: float, chosen: dict[str, Row], methods: Methods, path: Path) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in ("model", "limit", "chunk", "chat_template", "dtype")}
     settings |= {"tasks": list(options.tasks or RULER_TASKS), "alpha": alpha}
-    here = environment(options.device, options.commit, (*FIDELITY_SOURCES, "benchmarks/ruler.py"))
+    here = environment(options.device, options.commit, RULER_SOURCES)
     result: dict[str, Any] = {"kind": KIND, "schema": SCHEMA, "settings": settings, "environment": here}
     result |= {"absent": {}, "cells": []}
     if options.resume and path.exists():
@@ -175,7 +176,8 @@ def _opened(options: Options, alpha: float, chosen: dict[str, Row], methods: Met
                 got = before["environment"].get(name)
                 raise ValueError(f"--resume: expected a result of {name} {here[name]!r}, got {path} of {got!r}")
         result["cells"] = before["cells"]
-    result["absent"] = {row.name: why for row in chosen.values() if (why := methods.why_not(row)) is not None}
+        result["absent"] = {name: why for name, why in before["absent"].items() if name not in chosen}
+    result["absent"] |= {row.name: why for row in chosen.values() if (why := methods.why_not(row)) is not None}
     options.out.mkdir(parents=True, exist_ok=True)
     return result
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from compactattn import operators
 from compactattn.data import KVSummary, PagedKV, PrefillBatch, SelectionMask
 from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
-from compactattn.selectors import Dense, FlashPrefill, SeerGate, Selector, XAttention, check_selector
+from compactattn.selectors import Dense, FlashPrefill, Oracle, SeerGate, Selector, XAttention, check_selector
 from compactattn.validation import check_blocks, check_queries, check_summary, resolve_scale
 
 
@@ -117,6 +117,8 @@ def _wanted(
     """Blocks that the selector's own rule keeps, bool, broadcastable to [B, Hq, Qb, Kb]."""
     if isinstance(selector, Dense):
         return rules.visible[:, None]
+    if isinstance(selector, Oracle) and selector.top_k == 0:
+        return rules.forced[:, None]  # whatever the blocks weigh
     if backend == "triton":
         from compactattn._triton.block_mass import block_mass
         from compactattn._triton.scores import flash_prefill_scores

@@ -88,7 +88,8 @@ class Oracle:
     """Exact attention mass per block (mean over the rows of the query block): slow, for judging the others.
 
     Give either `mass` (the smallest set of blocks whose mass reaches it) or `top_k` (the k heaviest blocks);
-    forced blocks (sink, window) are counted first, ties go to the lower id.
+    forced blocks (sink, window) are counted first, ties go to the lower id. `top_k=0` keeps the forced blocks alone
+    and computes no mass.
     """
 
     mass: float | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import torch
 pytest.importorskip("transformers", reason="the methods run inside a transformers model")
 from transformers import DynamicCache
 
+from benchmarks import machine
 from benchmarks.__main__ import main
-from benchmarks.fidelity import answering, findings, plans, probing, report, run
+from benchmarks.fidelity import answering, figure, findings, plans, probing, report, run
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA, Preset, Row, Stage
 from benchmarks.testbed import corpus as corpora
@@ -25,6 +28,7 @@ from benchmarks.testbed import model as models
 from benchmarks.testbed import train_gate
 from benchmarks.testbed.answers import decode, prefill
 from benchmarks.testbed.tasks import ANSWER_WORDS, END, QUESTION, TASKS, Example, TaskSource
+from benchmarks.testbed.train import write_record
 from compactattn import Oracle, select
 from tests.test_quality import step
 
@@ -33,6 +37,10 @@ ROWS = {row.name: row for row in plans.preset("h200").rows}
 UNSHARED, WIDE = plans.sweep(plans.UNSHARED, "FlashPrefill", "alpha", {0.8: 1, 0.08: 1})
 (PAPER,) = plans.sweep(plans.PAPER.format(4), "FlashPrefill", "alpha", {0.8: 1}, heads=4, span=None)
 (CORRECTED,) = plans.sweep(f"{plans.UNSHARED} + mean correction", "FlashPrefill", "alpha", {0.5: 2}, correction=True)
+GATED = next(row for row in ROWS.values() if row.selector == "SeerGate")
+SWEEP = (ROWS["QUOKA: kv_ratio 0.25"], ROWS["QUOKA: kv_ratio 0.1"])
+PAPERS = plans.sweep(PAPER.family, "FlashPrefill", "alpha", {0.3: 1, 0.9: 1}, heads=4, span=None)
+FEW = {"alpha": 0.8, "sink_blocks": 0, "window_blocks": 1}
 LIBRARY_DENSE, FULL_QUOKA = ROWS["dense through the library"], Row("all", QUOKA, "quoka", settings={"kv_ratio": 1.0})
 
 
@@ -225,7 +233,7 @@ def test_bits_are_those_of_the_model_and_separators_do_not_count(methods: Method
 
 @pytest.fixture(scope="module")
 def probed(methods: Methods, source: TaskSource) -> dict[str, dict[str, Any]]:
-    windows = [source.example("frequent_words", "test", CONTEXT, 0).window]
+    windows = {"frequent_words": [source.example("frequent_words", "test", CONTEXT, 0).window]}
     rows = [LIBRARY_DENSE, ROWS[CONTROL], PAPER, replace(PAPER, name="half", dense_layers=1), FULL_QUOKA]
     rows += [replace(FULL_QUOKA, name="third", settings={"kv_ratio": 0.3})]
     rows += [replace(UNSHARED, name=f"corrected {yes}", correction=yes) for yes in (False, True)]
@@ -269,9 +277,37 @@ def test_a_probe_sees_what_the_library_runs(methods: Methods, source: TaskSource
         expected = prefill(methods.model, torch.from_numpy(window)[None], cache, CHUNK)
     seen: list[torch.Tensor] = []
     hook = methods.model.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(logits))
-    probing.probe(methods, PAPER, [window], CHUNK)
+    probing.probe(methods, PAPER, {"niah_single": [window]}, CHUNK)
     hook.remove()
     torch.testing.assert_close(seen[-1][:, -1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [PAPER, replace(PAPER, settings={**FEW, **plans.LAST_BLOCKS}), SWEEP[1]],
+    ids=("paper", "end", "QUOKA"),
+)
+def test_each_kind_of_prompt_has_its_own_density(methods: Methods, source: TaskSource, row: Row) -> None:
+    """What a kind reads is what it reads alone, and the whole is their sum; QUOKA reads its ratio of every kind."""
+    windows = {kind: [source.example(kind, "test", CONTEXT, n).window for n in range(2)] for kind in NEEDLE_TASKS[:2]}
+    windows[plans.TEXT] = [source.streams["test"][:CONTEXT].astype(np.int64)]
+    together = probing.probe(methods, row, windows, CHUNK)
+    densities = {}
+    for kind, its in windows.items():
+        alone = probing.probe(methods, row, {kind: its}, CHUNK)
+        assert together["kinds"][kind] == alone["kinds"][kind]
+        read = together["kinds"][kind]["read"]
+        densities[kind] = read["sub_group_union"] / read["visible"]
+        assert alone["density"]["sub_group_union"] == pytest.approx(densities[kind], abs=1e-5)
+        assert together["kinds"][kind]["windows"] == len(its)
+    reads = [its["read"] for its in together["kinds"].values()]
+    for name in probing.STEPS:
+        share = sum(read[name] for read in reads) / sum(read["visible"] for read in reads)
+        assert together["density"][name] == pytest.approx(share, abs=1e-5)
+    if row.kind == "quoka":
+        assert list(densities.values()) == [pytest.approx(0.1, abs=2e-3)] * 3
+    else:
+        assert len(set(densities.values())) == 3
 
 
 # ---- plans ----
@@ -283,6 +319,8 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
     assert len(names) == len(set(names))
     assert {stage.chunk for stage in plan.stages} == {1024, 512}
     assert {stage.context for stage in plan.stages} == {4096, 8192, 16384, 32768}
+    for every in (plan, plans.preset("cpu")):  # every kind of prompt has a density, on the GPU from two prompts
+        assert {stage.probes for stage in every.stages} <= {0, 8 if every.device == "cpu" else 16}
     items: dict[str, int] = {}
     at: dict[tuple[str, int], int] = {}
     for stage, row in plan.cells():
@@ -299,6 +337,12 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
     for spans in ranges.values():
         assert spans[0][0] == 0
         assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+    for stage, row in plan.cells():
+        assert plans.planned_seconds(stage, row, plan.device, plan.tokens_at_once) < 60
+    # the last stages at 32K are the longest: what they have is what the goals ask for
+    last = [row for stage, row in plan.cells() if (stage.context, stage.chunk, stage.last) == (32768, 1024, 512)]
+    assert [row.name for row in last if row.kind != "library"] == [DENSE, "QUOKA: kv_ratio 0.15"]
+    assert {row.family for row in last} == {DENSE, CONTROL, QUOKA, plans.UNSHARED, plans.PAPER.format(4)}
     swept = {row.family for row in plan.rows if row.parameter}
     assert swept >= {QUOKA, plans.UNSHARED, "XAttention unshared", "SeerAttention unshared", "Oracle unshared"}
     assert {plans.PAPER.format(heads) for heads in (1, 2, 4)} <= swept
@@ -331,8 +375,6 @@ def test_plans_refuse_what_makes_no_sense() -> None:
 # ---- runs ----
 
 
-GATED = next(row for row in ROWS.values() if row.selector == "SeerGate")
-SWEEP = (ROWS["QUOKA: kv_ratio 0.25"], ROWS["QUOKA: kv_ratio 0.1"])
 TINY = Preset(
     "cpu",
     (Stage(512, 128, 0, 2, 1, windows=2, probes=3), Stage(512, 128, 2, 3, 0)),
@@ -371,6 +413,7 @@ def test_a_run_leaves_every_cell_once(result: Path) -> None:
     assert all(set(map(len, digits.values())) == {2} for digits in cell["scores"].values())
     assert len(cell["bits"]) == len(cell["bytes"]) == 2
     assert cell["probe"]["windows"] == 3
+    assert list(cell["probe"]["kinds"]) == [plans.TEXT, "niah_single", "niah_multikey"]
     assert set(found["hidden"]["512/128"]) == {"0-2", "2-3"}
     assert found["runs"][-1]["environment"]["sources"]
     assert list(result.parent.iterdir()) == [result]
@@ -379,11 +422,18 @@ def test_a_run_leaves_every_cell_once(result: Path) -> None:
 def test_probes_take_text_and_tasks_in_turn(source: TaskSource) -> None:
     stage = Stage(512, 128, 0, 3, 0, probes=10)
     windows = run.Items(source).probes(stage)
-    asks = [QUESTION in window for window in windows]
-    assert asks == [False, *[True] * 7, False, True]
-    assert np.array_equal(windows[1], source.example("niah_single", "test", 512, 0).window)
-    assert np.array_equal(windows[9], source.example("niah_single", "test", 512, 1).window)
-    assert {len(window) for window in windows} == {512}
+    assert {kind: len(its) for kind, its in windows.items()} == {
+        plans.TEXT: 2,
+        **dict.fromkeys(TASKS, 1),
+        "niah_single": 2,
+    }
+    for kind, its in windows.items():
+        assert all((QUESTION in window) == (kind != plans.TEXT) for window in its)
+        assert {len(window) for window in its} == {512}
+    for n in range(2):
+        assert np.array_equal(windows["niah_single"][n], source.example("niah_single", "test", 512, n).window)
+    alike = run.Items(source).probes(replace(stage, probes=16))
+    assert {kind: len(its) for kind, its in alike.items()} == dict.fromkeys((plans.TEXT, *TASKS), 2)
 
 
 def test_resuming_asks_for_the_same_sources_and_weights(
@@ -394,12 +444,238 @@ def test_resuming_asks_for_the_same_sources_and_weights(
     found = json.loads(result.read_text())
     for change, message in (
         ({"corpus": "other"}, "--resume: expected a result of corpus"),
-        ({"model": {}}, "--resume: expected a result of model"),
+        ({"model": {}}, "--resume: expected a result of weights"),
         ({"schema": 9}, "--resume: expected a fidelity result of schema 1"),
     ):
         (tmp_path / "fidelity-cpu.json").write_text(json.dumps(found | change))
         with pytest.raises(ValueError, match=message):
             run.run(options)
+
+
+def test_another_corpus_than_the_models_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `fidelity` and by `train_gate`; a record that names none, or no record, asks for none."""
+    monkeypatch.setattr(run, "preset", lambda name: replace(TINY, budget_seconds=0.0))
+    weights = tmp_path / "model"
+    shutil.copytree(place / "model", weights)
+    corpus = corpora.load(place / "corpus.zip")
+    options = run.Options("cpu", tmp_path / "out", weights=weights, corpus=place / "corpus.zip")
+    gate = ["--weights", str(weights), "--corpus", str(options.corpus), "--out", str(tmp_path / "gates")]
+    gate += ["--device", "cpu", "--max-steps", "1", "--length", "512"]
+    record: dict[str, Any] = {"complete": True, "steps": 1}
+    for named in ({}, {"corpus": corpus.statistics()}):
+        write_record(weights, record | named)
+        assert run.run(options) == 0
+    train_gate.main(gate)
+    other = corpora.split({file.path: file.data + b"#" for file in corpus.train + corpus.heldout}, "3.99")
+    write_record(weights, record | {"corpus": other.statistics()})
+    message = r"--corpus: expected the text that the model in .* was trained on, \w{16} \(the library of Python 3.99"
+    with pytest.raises(ValueError, match=message):
+        run.run(options)
+    with pytest.raises(SystemExit, match=f"train_gate: {message}"):
+        train_gate.main(gate)
+
+
+@pytest.fixture
+def resumed(
+    result: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[list[str], Any]]:
+    """Resumes the result under another plan or other gates: what is measured then, and the result after that."""
+    path, asked = tmp_path / "fidelity-cpu.json", list[str]()
+    path.write_text(result.read_text())
+    scores = json.loads(result.read_text())["cells"][0]["scores"]
+
+    def measured_cell(stage: Stage, row: Row, *_: Any) -> dict[str, Any]:
+        asked.append(f"{row.name} at {stage}")
+        shape = {name: getattr(stage, name) for name in ("context", "chunk", "first", "last", "windows", "probes")}
+        return {"row": row.name, **shape, "status": "ok", "scores": scores}
+
+    def resume(plan: Preset = TINY, gate: Path | None = None, only: str | None = None) -> tuple[list[str], Any]:
+        asked.clear()
+        monkeypatch.setattr(run, "preset", lambda name: plan)
+        options = run.Options("cpu", tmp_path, place / "model", gate, place / "corpus.zip", only, resume=True)
+        assert run.run(options) == 0
+        return list(asked), json.loads(path.read_text())
+
+    monkeypatch.setattr(run, "measured_cell", measured_cell)
+    return resume
+
+
+def test_a_row_is_kept_while_it_is_the_same(resumed: Any, result: Path) -> None:
+    flash = next(row for row in TINY.rows if row.selector == "FlashPrefill")
+    moved = replace(flash, priority=1, family="of another name")
+    fresh = replace(flash, name="a new row", settings={"alpha": 0.3}, priority=1)
+    rows = tuple(moved if row is flash else row for row in TINY.rows)
+    asked, found = resumed(replace(TINY, rows=(*rows, fresh)))
+    assert asked == ["a new row at 512/128 items 0-2"]
+    assert found["rows"][flash.name]["family"] == "of another name"
+    assert len(found["cells"]) == len(json.loads(result.read_text())["cells"]) + 1
+    other = replace(flash, settings={"alpha": 0.7})
+    with pytest.raises(ValueError, match=r"--resume: expected '.*' to be .*0\.7.*, got .*cpu\.json with .*0\.8"):
+        resumed(replace(TINY, rows=tuple(other if row is flash else row for row in TINY.rows)))
+    assert resumed()[0] == []
+
+
+def test_a_stage_that_asks_for_more_is_measured_again_in_place_of_the_old(resumed: Any, result: Path) -> None:
+    first, second = TINY.stages
+    asked, found = resumed(replace(TINY, stages=(replace(first, probes=8), second)), only=CONTROL)
+    assert asked == [f"{CONTROL} at 512/128 items 0-2"]
+    assert len(found["cells"]) == len(json.loads(result.read_text())["cells"])
+    (cell,) = [one for one in found["cells"] if (one["row"], one["first"]) == (CONTROL, 0)]
+    assert cell["probes"] == 8
+
+
+def test_new_gates_measure_their_own_rows_again_and_no_others(resumed: Any, place: Path, tmp_path: Path) -> None:
+    """Rows that an --only leg leaves out stay absent; without gates what was measured with some stays."""
+    gated = f"{GATED.name} at 512/128 items 0-2"
+    asked, found = resumed(only="QUOKA")
+    assert asked == []
+    assert list(found["absent"]) == [GATED.name]
+    gates = place / "gates" / train_gate.WEIGHTS_FILE
+    asked, found = resumed(gate=gates)
+    assert asked == [gated]
+    assert found["absent"] == {}
+    assert resumed(gate=gates)[0] == []
+    asked, without = resumed()
+    assert asked == []
+    assert (without["absent"], without["model"]["gate"]) == ({}, found["model"]["gate"])
+    others = tmp_path / "others.safetensors"
+    others.write_bytes(gates.read_bytes() + b" ")
+    asked, found = resumed(gate=others)
+    assert asked == [gated]
+    assert found["model"]["gate"] != without["model"]["gate"]
+    assert [cell["gate"] for cell in found["cells"] if "gate" in cell] == [found["model"]["gate"]]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, row: Row, error: Exception) -> None:
+    """Let one row raise, and answer all others with the right words."""
+
+    def answer(methods: Methods, its: Row, examples: list[Example], *_: Any) -> answering.Answers:
+        if its.name == row.name:
+            raise error
+        return answering.Answers(*["".join(str(len(example.answers)) for example in examples)] * 2)
+
+    monkeypatch.setattr(answering, "answer", answer)
+    monkeypatch.setattr(answering, "text_bits", lambda *_: ([1.0] * 2, [1] * 2))
+    monkeypatch.setattr(run, "probe", lambda *_: {"density": {"sub_group_union": None}})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), KeyError("name"), torch.OutOfMemoryError("2 GiB")], ids=repr)
+def test_a_row_that_fails_does_not_stop_the_others_and_is_tried_again_last(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    failing(monkeypatch, ROWS[CONTROL], error)
+    options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip")
+    assert run.run(options) == 1
+    found = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    names = [(cell["row"], cell["first"]) for cell in found["cells"]]
+    assert len(names) == len(set(names)) == 7
+    bad = {(cell["row"], cell["first"]): cell["reason"] for cell in found["cells"] if cell["status"] == "failed"}
+    assert list(bad) == [(CONTROL, 0), (CONTROL, 2)]
+    assert all(str(error).strip("'") in why for why in bad.values())
+    words = report.markdown(findings.load(tmp_path / "fidelity-cpu.json"), [])
+    assert f"- {CONTROL} at context 512, chunk 128 FAILED: " in words
+    del found["cells"][0]  # dense of the first stage was lost, say
+    (tmp_path / "fidelity-cpu.json").write_text(json.dumps(found))
+    assert run.run(replace(options, resume=True, budget_seconds=0.0)) == 1
+    later = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    assert later["cells"] == found["cells"]
+    expected = [f"{DENSE} at 512/128 items 0-2", f"{CONTROL} at 512/128 items 0-2", f"{CONTROL} at 512/128 items 2-3"]
+    assert later["runs"][-1]["not_run"] == expected
+    failing(monkeypatch, GATED, error)
+    capsys.readouterr()
+    assert run.run(replace(options, resume=True)) == 0
+    assert "FAILED" not in capsys.readouterr().out
+    cells = json.loads((tmp_path / "fidelity-cpu.json").read_text())["cells"]
+    assert len(cells) == 7
+    assert {cell["status"] for cell in cells} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.AcceleratorError("illegal access", 700), RuntimeError("CUDA error: an illegal memory access")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lost_gpu_ends_the_run_with_what_was_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    failing(monkeypatch, ROWS[CONTROL], error)
+    options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip")
+    assert run.run(options) == 1
+    found = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    assert [(cell["row"], cell["status"]) for cell in found["cells"]] == [(DENSE, "ok"), (CONTROL, "failed")]
+    assert len(found["runs"][-1]["not_run"]) == 5
+    failing(monkeypatch, GATED, error)
+    assert run.run(replace(options, resume=True)) == 0
+    assert [cell["row"] for cell in json.loads((tmp_path / "fidelity-cpu.json").read_text())["cells"]][-1] == CONTROL
+
+
+def test_an_error_that_the_gpu_does_not_survive_is_known_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not run.is_device_lost(RuntimeError("Triton Error [CUDA]: invalid argument"), "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert run.is_device_lost(RuntimeError("Triton Error [CUDA]: unspecified launch failure"), "cuda")
+    assert not run.is_device_lost(RuntimeError("shapes"), "cpu")
+
+
+def test_the_pace_is_that_of_cells_which_compile_nothing(
+    resumed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every first cell of a selector takes 10 times as long as planned, the others take twice as long."""
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    kernels: set[tuple[object, ...]] = set()
+    really = run.measured_cell
+
+    def measured_cell(stage: Stage, row: Row, chosen: Preset, *others: Any) -> dict[str, Any]:
+        planned = plans.planned_seconds(stage, row, chosen.device, chosen.tokens_at_once)
+        now[0] += planned * (2 if run.kernels_of(row) in kernels else 10)
+        kernels.add(run.kernels_of(row))
+        return really(stage, row, chosen, *others)
+
+    monkeypatch.setattr(run, "measured_cell", measured_cell)
+    many = tuple(replace(UNSHARED, name=f"{n}", settings={"alpha": n / 9}) for n in range(4))
+    rows = (ROWS[DENSE], ROWS[CONTROL], SWEEP[0], *many, LIBRARY_DENSE)
+    stage = Stage(512, 128, 10, 12, 2)
+    dense, *rest = (plans.planned_seconds(stage, row, "cpu", TINY.tokens_at_once) for row in rows)
+    last = rest[-1]
+    # before the last cell: what was spent, and what is planned for it at twice the plan
+    budget = 10 * (dense + sum(rest[:3])) + 2 * sum(rest[3:-1]) + 2 * last
+    plan = replace(TINY, rows=rows, stages=(stage,), budget_seconds=budget + 1e-6)
+    asked, found = resumed(plan)
+    assert len(asked) == len(rows)
+    mine = [cell for cell in found["cells"] if cell["first"] == 10]
+    assert [cell["warms_up"] for cell in mine] == [True] * 4 + [False] * 3 + [True]
+    assert run.pace(mine) == pytest.approx(2.0, rel=0.01)
+    assert run.pace(mine[:4]) is None
+    assert plans.preset("h200").budget_seconds <= 480
+
+
+def test_sources_are_what_decides_the_numbers(tmp_path: Path) -> None:
+    files = {file.relative_to(machine.ROOT).as_posix() for file in machine.ROOT.glob("*/**/*.py")}
+    decisive = {
+        "compactattn/_triton/union.py": True,
+        "compactattn/quality.py": True,
+        "compactattn/cli/demo.py": False,
+        **{f"benchmarks/fidelity/{name}.py": True for name in ("answering", "methods", "probing", "run")},
+        **{f"benchmarks/fidelity/{name}.py": False for name in ("findings", "figure", "plans", "report")},
+        **{f"benchmarks/testbed/{name}.py": True for name in ("answers", "corpus", "evaluate", "model", "tasks")},
+        **{f"benchmarks/testbed/{name}.py": False for name in ("train_gate", "intervals")},
+    }
+    assert decisive.keys() <= files
+    for name in decisive:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    for name, decides in decisive.items():
+        before = machine.sources(tmp_path, machine.FIDELITY_SOURCES)
+        (tmp_path / name).write_text("after")
+        assert (machine.sources(tmp_path, machine.FIDELITY_SOURCES) != before) == decides, name
 
 
 def test_the_command_lists_and_reports(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -441,8 +717,17 @@ def made(rows: dict[str, tuple[Row, float, float]], *, items: int = 40, words: d
             "scores": scores,
         }
         cell |= {"bits": [100.0 * (2 - share)] * 4, "bytes": [100] * 4}
+        read = {**dict.fromkeys(probing.STEPS, round(10000 * density)), "visible": 10000}
+        kinds = {kind: {"windows": 2, "read": dict(read)} for kind in (plans.TEXT, *TASKS)}
         steps = dict.fromkeys(probing.STEPS, density)
-        cell["probe"] = {"density": steps, "coverage": share, "worst_coverage": 0, "below_0.9": 0, "output_error": 0}
+        cell["probe"] = {
+            "kinds": kinds,
+            "density": steps,
+            "coverage": share,
+            "worst_coverage": 0,
+            "below_0.9": 0,
+            "output_error": 0,
+        }
         cells.append(cell)
     hidden = {"16384/1024": {f"0-{items}": {task: str(ANSWER_WORDS[task]) * items for task in NEEDLE_TASKS}}}
     return {
@@ -506,14 +791,15 @@ def test_items_that_the_control_can_see_do_not_count() -> None:
 
 def test_equal_density_is_between_the_neighbours_of_a_sweep() -> None:
     found = findings.points(made(lineup()), 16384, 1024)
-    sweeps = findings.families(found)
-    middle = findings.at_density(sweeps[plans.UNSHARED], 0.2)
+    sweeps = findings.families(found, NEEDLE_TASKS)
+    middle = findings.at_density(sweeps[plans.UNSHARED], 0.2, NEEDLE_TASKS)
     assert middle
     assert middle.mean(NEEDLE_TASKS) == pytest.approx(0.9)
     assert middle.bits_per_byte == pytest.approx(1.1)
-    assert findings.at_density(sweeps[plans.UNSHARED], 0.1) is found[UNSHARED.name]
-    assert findings.at_density(sweeps[plans.UNSHARED], 0.35) is None
-    assert findings.at_density(sweeps[plans.UNSHARED], 0.09) is None
+    assert middle.density(NEEDLE_TASKS) == pytest.approx(0.2)
+    assert findings.at_density(sweeps[plans.UNSHARED], 0.1, NEEDLE_TASKS) is found[UNSHARED.name]
+    assert findings.at_density(sweeps[plans.UNSHARED], 0.35, NEEDLE_TASKS) is None
+    assert findings.at_density(sweeps[plans.UNSHARED], 0.09, NEEDLE_TASKS) is None
     gap = findings.difference(middle, found[DENSE], NEEDLE_TASKS)
     assert gap
     assert gap.points == pytest.approx(-10)
@@ -521,20 +807,138 @@ def test_equal_density_is_between_the_neighbours_of_a_sweep() -> None:
     assert gap.items == 5 * 40
 
 
+def reading(result: Any, name: str, **densities: float) -> None:
+    """Let a row read other shares of some kinds of prompt."""
+    for kind, density in densities.items():
+        for cell in result["cells"]:
+            if cell["row"] == name:
+                read = cell["probe"]["kinds"][kind]["read"]
+                read |= dict.fromkeys(probing.STEPS, round(density * read["visible"]))
+
+
+def test_equal_density_is_that_on_the_prompts_that_are_compared() -> None:
+    """The mean over all prompts stays 0.1 and 0.3 in the record; of these tasks and of text rows read other shares."""
+    result = made(lineup())
+    for task in report.QUOKA_TASKS:
+        reading(result, UNSHARED.name, **{task: 0.2})
+        reading(result, WIDE.name, **{task: 0.4})
+    reading(result, UNSHARED.name, text=0.01)
+    reading(result, WIDE.name, text=0.05)
+    found = findings.points(result, 16384, 1024)
+    level = {
+        kinds: findings.at_density(findings.families(found, kinds)[plans.UNSHARED], density, kinds)
+        for kinds, density in ((report.QUOKA_TASKS, 0.3), (("niah_single",), 0.3), ((plans.TEXT,), 0.04))
+    }
+    assert level[report.QUOKA_TASKS].mean(TASKS) == pytest.approx(0.9)  # type: ignore[union-attr]
+    assert level["niah_single",] is found[WIDE.name]
+    assert level[plans.TEXT,].bits_per_byte == pytest.approx(1.2 - 0.75 * 0.2)  # type: ignore[union-attr]
+    assert found[UNSHARED.name].density(NEEDLE_TASKS) == pytest.approx((3 * 0.1 + 2 * 0.2) / 5)
+    words = report.markdown(result, [])
+    goals = [line for line in words.splitlines() if line.startswith("| 16K")]
+    assert f"best row at density on text ≤ 0.15 ({WIDE.name}, density 0.050)" in goals[2]
+    assert not any("QUOKA: kv_ratio 0.1," in line for line in goals)  # 0.1 lies outside of the sweep on these tasks
+    assert any(f"{plans.UNSHARED} less QUOKA: kv_ratio 0.25, both at density 0.250" in line for line in goals)
+    table = words.split("| bits per byte ÷ dense |")[1].split("\n\n")[0]
+    assert f"| {plans.UNSHARED} | 1.0000 (1.0000 to 1.0000) | - | - | - |" in table
+    assert "| QUOKA | - | 1.8000 (1.8000 to 1.8000) | 1.6667" in table
+    del result["cells"][-1]["probe"]["kinds"]["niah_multikey"]
+    unknown = findings.points(result, 16384, 1024)[result["cells"][-1]["row"]]
+    assert math.isnan(unknown.density(NEEDLE_TASKS))
+    assert not math.isnan(unknown.density(["niah_single"]))
+    assert unknown not in findings.families({"it": unknown}, NEEDLE_TASKS).values()
+
+
 def test_differences_are_paired_and_over_common_items_alone() -> None:
     rows = lineup()
     found = made(rows)
-    shorter = next(cell for cell in found["cells"] if cell["row"] == "QUOKA: kv_ratio 0.1")
-    for digits in shorter["scores"].values():
-        digits |= {measure: its[:8] for measure, its in digits.items()}
-    shorter["last"] = 8
+    cut(found, "QUOKA: kv_ratio 0.1", 0, 8)
     points = findings.points(found, 16384, 1024)
     gap = findings.difference(points["QUOKA: kv_ratio 0.1"], points["QUOKA: kv_ratio 0.25"], NEEDLE_TASKS)
     assert gap
     assert (gap.points, gap.low, gap.high, gap.items) == (0.0, 0.0, 0.0, 40)  # the first 8 items are right in both
     same = findings.difference(points[DENSE], points[DENSE], TASKS)
     assert same
-    assert str(same) == "+0.0 (+0.0 to +0.0)"
+    assert str(same) == "+0.0 (+0.0 to +0.0), n 280"
+
+
+def cut(result: Any, name: str, first: int, last: int) -> None:
+    """Let a row have met but a part of its items."""
+    cell = next(cell for cell in result["cells"] if cell["row"] == name)
+    for digits in cell["scores"].values():
+        digits |= {measure: its[first:last] for measure, its in digits.items()}
+    cell |= {"first": first, "last": last}
+
+
+def test_the_best_row_has_met_as_many_items_as_dense_and_is_ranked_against_it() -> None:
+    """A row that was right on the few items which it met is no better than one that was right on most of many."""
+    rows = lineup(dense=0.9)
+    rows[WIDE.name] = (WIDE, 0.12, 0.85)
+    rows[UNSHARED.name] = (UNSHARED, 0.1, 0.8)
+    result = made(rows)
+    cut(result, UNSHARED.name, 0, 8)  # all right, as dense was on these
+    best = findings.best_within(findings.points(result, 16384, 1024), 0.15, TASKS)
+    assert best
+    assert best.row["name"] == WIDE.name
+    assert best.mean(TASKS) < 0.9 < findings.points(result, 16384, 1024)[UNSHARED.name].mean(TASKS)
+    cut(result, DENSE, 0, 8)
+    assert findings.best_within(findings.points(result, 16384, 1024), 0.15, TASKS).row["name"] == UNSHARED.name  # type: ignore[union-attr]
+    many = made(rows, items=520)
+    cut(many, WIDE.name, 0, 500)  # enough
+    found = findings.points(many, 16384, 1024)
+    assert findings.best_within(found, 0.15, TASKS) is found[WIDE.name]
+    apart = made({**rows, WIDE.name: (WIDE, 0.12, 0.82), CORRECTED.name: (CORRECTED, 0.12, 0.9)}, items=600)
+    cut(apart, WIDE.name, 0, 500)  # the easy ones: right more often, and less often than dense
+    cut(apart, CORRECTED.name, 90, 600)  # right where dense was
+    cut(apart, UNSHARED.name, 0, 499)
+    found = findings.points(apart, 16384, 1024)
+    assert found[WIDE.name].mean(TASKS) > found[CORRECTED.name].mean(TASKS)
+    assert findings.best_within(found, 0.15, TASKS) is found[CORRECTED.name]
+    few = made(rows)
+    cut(few, WIDE.name, 0, 8)
+    cut(few, UNSHARED.name, 0, 8)
+    words = report.markdown(few, [])
+    assert "16K: no row at density ≤ 0.15 on all tasks has met so many items as dense." in words
+    assert any(line.startswith("| 16K, greedy: FlashPrefill unshared less QUOKA") for line in words.splitlines())
+    del many["cells"][0]
+    assert findings.best_within(findings.points(many, 16384, 1024), 0.15, TASKS) is None
+
+
+def test_leads_over_quoka_are_those_of_the_most_items() -> None:
+    rows = lineup()
+    rows |= {row.name: (row, 0.3 - 0.2 * n, 1.0) for n, row in enumerate(PAPERS)}
+    result = made(rows)
+    for row in PAPERS:
+        cut(result, row.name, 30, 40)  # where QUOKA was always wrong
+    goals = [line for line in report.markdown(result, []).splitlines() if line.startswith("| 16K")]
+    assert len(goals) == 7
+    assert all(plans.UNSHARED in line and "n 80 |" in line for line in goals[3:])
+    words = [line for line in report.markdown(result, []).splitlines() if f"| {PAPER.family} | +100.0 (" in line]
+    assert words
+    assert all(", n 20 |" in line or ", n 50 |" in line for line in words)
+
+
+def test_figures_and_tables_put_rows_of_other_items_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = made(lineup())
+    cut(result, UNSHARED.name, 0, 30)
+    cut(result, WIDE.name, 30, 40)
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure, "finish", lambda canvas, panels, *_, **options: drawn.extend(panels))
+    figure.draw_accuracy(result, Path())
+    assert drawn[0].get_title().endswith("\n30 items of each")
+    (quoka,) = [line for line in drawn[0].lines if line.get_label() == QUOKA]
+    assert quoka.get_ydata() == pytest.approx([8 / 30, 24 / 30])
+    found = findings.on_common_items(findings.points(result, 16384, 1024))
+    assert list(found) == [name for name in lineup() if name != WIDE.name]
+    assert {len(shares) for point in found.values() for shares in point.scores["greedy"].values()} == {30}
+    assert found["QUOKA: kv_ratio 0.25"].mean(TASKS) == pytest.approx(24 / 30)
+    assert found[UNSHARED.name].density(TASKS) == pytest.approx(0.1)
+    assert findings.on_common_items({}) == {}
+    far = json.loads(json.dumps(result["cells"])) + [cell | {"context": 8192} for cell in result["cells"]]
+    words = report.markdown(result | {"cells": far}, [])
+    heads = [line.split(" | ")[0] for line in words.splitlines() if line.startswith("| greedy, items")]
+    assert heads == ["| greedy, items 0-40", "| greedy, items 30-40", "| greedy, items 0-30"] * 2
+    pooled = [line for line in words.splitlines() if line.startswith("Chunk 1024, ")]
+    assert [line.split("; ")[1] for line in pooled] == [f"16K items {one}" for one in ("0-40", "30-40", "0-30")]
 
 
 def test_ranges_of_items_are_put_together() -> None:
@@ -546,6 +950,7 @@ def test_ranges_of_items_are_put_together() -> None:
     found["cells"].append(more)
     point = findings.points(found, 16384, 1024)[DENSE]
     shares = point.scores["greedy"]["niah_single"]
+    assert findings.items_words(point) == "items 0-40, 50-60"
     assert len(shares) == 60
     assert np.isnan(shares[40:50]).all()
     assert point.mean(["niah_single"]) == pytest.approx(40 / 50)
@@ -560,6 +965,7 @@ def test_the_goals_are_judged_in_numbers() -> None:
     assert "≥ -0.5 | -20.0 (" in best
     assert best.endswith("**no** |")
     assert in_chunk == best.replace("greedy", "in chunk")  # the made up scores are the same
+    assert "best row at density on text ≤ 0.15" in bits
     assert "1.2000 (1.2000 to 1.2000) | **no** |" in bits
     assert "FlashPrefill unshared less QUOKA: kv_ratio 0.1, both at density 0.100" in first
     assert "+60.0 (" in first

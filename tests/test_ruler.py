@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ruler_report
+from benchmarks import machine, ruler_report
 from benchmarks.__main__ import main
 from benchmarks.published import PAPER_RULER
 
 pytest.importorskip("transformers", reason="the methods run inside a transformers model")
 from benchmarks import ruler
+from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import Row
 from benchmarks.testbed import model as models
 from benchmarks.testbed.tokenizer import byte_tokenizer, save_byte_tokenizer
@@ -106,6 +107,31 @@ def test_bytes_are_tokens(tmp_path: Path) -> None:
         assert ids == [*text.removesuffix("<|file|>").encode(), 256]
         assert tokenizer.decode(ids) == text
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 256)
+
+
+def test_resuming_asks_for_the_same_harness_and_keeps_what_other_methods_said(
+    options: ruler.Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that drives lm_eval decides scores as much as the library does."""
+    copied = sorted({file for pattern in ruler.RULER_SOURCES for file in machine.ROOT.glob(pattern.lstrip("!"))})
+    for file in copied:
+        place = tmp_path / "tree" / file.relative_to(machine.ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())
+    monkeypatch.setattr(machine.sources, "__defaults__", (tmp_path / "tree", machine.LATENCY_SOURCES))
+    methods = Methods(models.load_model(Path(options.model)), None)
+    rows, path = ruler.rows(4, 0.1), tmp_path / "ruler-model.json"
+    first = ruler._opened(options, 0.1, rows, methods, path)
+    assert list(first["absent"]) == ["SeerAttention", "CompactAttention-SA"]
+    path.write_text(json.dumps(first | {"cells": [{"method": "dense"}]}))
+    again = replace(options, resume=True, methods=("dense", "SeerAttention"))
+    some = {name: rows[name] for name in again.methods}
+    gated = Methods(methods.model, tmp_path / "tree" / "benchmarks" / "ruler.py")  # any file that exists
+    assert list(ruler._opened(again, 0.1, some, gated, path)["absent"]) == ["CompactAttention-SA"]
+    with (tmp_path / "tree" / "benchmarks" / "harness.py").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="--resume: expected a result of sources"):
+        ruler._opened(again, 0.1, some, methods, path)
 
 
 # ---- with the harness ----

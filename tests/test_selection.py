@@ -208,6 +208,23 @@ def test_forced_blocks_count_first(backend: Backend) -> None:
     assert set(mask.nonzero()[:, 0].tolist()) == {0, 8, 1 + int(mass[1:8].argmax())}
 
 
+@pytest.mark.parametrize(("sinks", "windows"), [(0, 0), (1, 2), (0, 3)])
+def test_no_block_beyond_the_forced_ones_needs_no_mass(
+    backend: Backend, sinks: int, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """top_k 0 keeps sink, window and dense blocks; the library does not look at the keys for it."""
+    if backend is not REFERENCE:
+        package = "_numba" if backend.name == "numba" else "_triton"
+        monkeypatch.setattr(f"compactattn.{package}.block_mass.block_mass", None)
+    g = Geometry((70, 1, 130), (450, 300, 576), group=2, prompt_lens=(460, 300, 576))
+    step = make_step(g, backend.device, coherent=True)
+    selector = Oracle(top_k=0, sink_blocks=sinks, window_blocks=windows, dense_last_blocks=1, **RULES)
+    mask = backend.select(step.q, step.kv, step.batch, selector).mask
+    forced, _ = forced_and_visible(g, selector)
+    assert torch.equal(mask.cpu(), forced[:, None].expand_as(mask))
+    assert bool(mask.any())
+
+
 def test_block_and_query_sizes_of_the_selector_rule(backend: Backend) -> None:
     """Extents follow the selector's own sizes and the batch's bounds, not the lengths."""
     g = Geometry((70,), (300,), slack=(200, 500), page_size=64)

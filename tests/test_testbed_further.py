@@ -496,3 +496,4 @@ def test_the_schedule_is_the_documented_one() -> None:
     assert schedule.CONTEXT_PHASES[0][0] == 0.0
     assert Settings().total_minutes <= 3 * Settings().minutes
     assert Settings().minutes < 9
+    assert Settings().workers == 4

@@ -145,6 +145,28 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
         run(tmp_path / "legs", replace(settings, seed=1))
 
 
+def test_a_run_that_is_killed_while_it_measures_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(TINY, max_steps=3, log_every=1)
+    first = run(tmp_path, settings)
+    assert first.train()
+    evaluate = first.evaluate
+    first.evaluate = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.finish()
+    first.evaluate = evaluate  # type: ignore[method-assign]
+    assert not (tmp_path / "out").exists()
+    second = run(tmp_path, settings)
+    assert (second.step, second.curve, second.before) == (3, first.curve, first.before)
+    monkeypatch.setattr(train_gate, "divergence", lambda *_: pytest.fail("a step was taken"))
+    assert second.train()
+    monkeypatch.undo()
+    assert torch.equal(second.gates.weights, first.gates.weights)
+    assert second.finish() == first.finish()
+    assert not (tmp_path / "state").exists()
+
+
 def test_windows_are_of_their_side(tmp_path: Path) -> None:
     training = run(tmp_path, replace(TINY, task_share=0.0))
     for side, own, foreign in (("train", b"train_", b"held_"), ("test", b"held_", b"train_")):

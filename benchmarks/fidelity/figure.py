@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fidelity.findings import Point, Record, bits_ratio, families, points, settings_of
-from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS
+from benchmarks.fidelity.findings import Point, Record, bits_ratio, families, on_common_items, points, settings_of
+from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, TEXT
 from benchmarks.figure import canvas, finish, lines
 from benchmarks.records import tokens
 
 
 def draw_accuracy(result: Record, path: Path) -> None:
-    """A panel per context at the chunk that was swept most: greedy accuracy over the needle tasks."""
+    """A panel per context at the chunk that was swept most: greedy accuracy over the needle tasks.
+
+    All rows of a panel stand on the same items, whose number its title says.
+    """
     figure, panels, settings = _panels(result)
     for panel, (context, chunk) in zip(panels, settings, strict=False):
-        found = points(result, context, chunk)
-        _sweeps(panel, result, found, lambda point: point.mean(NEEDLE_TASKS))
+        found = on_common_items(points(result, context, chunk))
+        _sweeps(panel, result, found, NEEDLE_TASKS, lambda point: point.mean(NEEDLE_TASKS))
         if DENSE in found:
             panel.axhline(found[DENSE].mean(NEEDLE_TASKS), color="black", linewidth=0.8, label="dense")
-        title = f"{tokens(context)}, chunk {chunk}: needle tasks"
-        panel.set(title=title, xlabel="density of the past", ylabel="share of right words", ylim=(-0.03, 1.03))
+        items = min(len(shares) for point in found.values() for shares in point.scores["greedy"].values())
+        title = f"{tokens(context)}, chunk {chunk}: needle tasks\n{items} items of each"
+        panel.set(title=title, xlabel="density on their prompts", ylabel="share of right words", ylim=(-0.03, 1.03))
     finish(figure, panels, result, path, one_legend=True)
 
 
@@ -36,9 +41,9 @@ def draw_bits(result: Record, path: Path) -> None:
             ratio = None if dense is None else bits_ratio(point, dense)
             return float("nan") if ratio is None else ratio[0]
 
-        _sweeps(panel, result, found, over_dense)
+        _sweeps(panel, result, found, (TEXT,), over_dense)
         title = f"{tokens(context)}, chunk {chunk}: held-out text"
-        panel.set(title=title, xlabel="density of the past", ylabel="bits per byte ÷ dense")
+        panel.set(title=title, xlabel="density on it", ylabel="bits per byte ÷ dense")
     finish(figure, panels, result, path, one_legend=True)
 
 
@@ -52,18 +57,18 @@ def _panels(result: Record) -> tuple[Any, Any, list[tuple[int, int]]]:
     return figure, panels, settings
 
 
-def _sweeps(panel: Any, result: Record, found: dict[str, Point], value: Any) -> None:
-    """A line per family over its sweep, of one colour in every panel; the control is a cross.
+def _sweeps(panel: Any, result: Record, found: dict[str, Point], kinds: Sequence[str], value: Any) -> None:
+    """A line per family over its density on some kinds of prompt, of one colour in every panel; the control is a cross.
 
     Families with a change (dense layers, mean correction and so on) have tables of their own.
     """
     names = [name for name in dict.fromkeys(row["family"] for row in result["rows"].values()) if " + " not in name]
-    for family, sweep in families(found).items():
+    for family, sweep in families(found, kinds).items():
         if family in names and sweep[0].row["parameter"]:
-            points_of = [(point.density, value(point)) for point in sweep]
+            points_of = [(point.density(kinds), value(point)) for point in sweep]
             lines(panel, {family: points_of}, f"C{names.index(family) % 10}o-")
-    if CONTROL in found and not math.isnan(found[CONTROL].density):
-        lines(panel, {CONTROL: [(found[CONTROL].density, value(found[CONTROL]))]}, "kx")
+    if CONTROL in found and not math.isnan(found[CONTROL].density(kinds)):
+        lines(panel, {CONTROL: [(found[CONTROL].density(kinds), value(found[CONTROL]))]}, "kx")
     panel.set_xscale("log")
 
 

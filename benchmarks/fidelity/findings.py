@@ -2,20 +2,21 @@
 
 Equal density: of each family of rows (one method over a sweep) the two neighbours in density that enclose the wanted
 one are interpolated linearly, item by item, so that intervals and pairs of methods stay those of items. Outside its
-sweep a family has no value; nothing is extrapolated.
+sweep a family has no value; nothing is extrapolated. A method reads more of one kind of prompt than of another, so a
+density is always that on the kinds of prompt which the compared numbers come from: tasks, or held-out text.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA
+from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA, TEXT
 from benchmarks.records import Record, check_fields, check_runs, read_kind
 from benchmarks.testbed.intervals import bootstrap_means, bootstrap_ratio, wilson
 from benchmarks.testbed.tasks import ANSWER_WORDS
@@ -23,6 +24,7 @@ from benchmarks.testbed.tasks import ANSWER_WORDS
 MEASURES = {"greedy": "greedy", "in_chunk": "in chunk"}
 DENSITIES = (0.05, 0.10, 0.15, 0.25)
 FEWEST_HIDDEN = 20
+ENOUGH_ITEMS = 500  # of each task
 
 
 def load(path: Path) -> Record:
@@ -44,18 +46,25 @@ class Point:
 
     Attributes:
         row: the row's record.
-        density: past entries that attention reads, of the visible ones; 1 for dense, NaN if it was not probed.
+        densities: by kind of prompt (a task, or `plans.TEXT`): past entries that attention reads, of the visible ones;
+            kinds that were not probed are left out.
         scores: measure, then task, to float [items], the share of right words; NaN for items that it has not met.
         bits, bytes: of each held-out window; empty if not measured.
         probe: the record of the probe, empty if there is none.
     """
 
     row: Record
-    density: float
+    densities: dict[str, float]
     scores: dict[str, dict[str, np.ndarray]]
     bits: np.ndarray
     bytes: np.ndarray
     probe: Record
+
+    def density(self, kinds: Sequence[str]) -> float:
+        """On prompts of these kinds, each counting alike; 1 for dense, NaN where one of them was not probed."""
+        if self.row["kind"] == "dense":
+            return 1.0
+        return float(np.mean([self.densities.get(kind, math.nan) for kind in kinds]))
 
     def mean(self, tasks: Sequence[str], measure: str = "greedy") -> float:
         """The mean over tasks of the mean over items."""
@@ -64,6 +73,42 @@ class Point:
     @property
     def bits_per_byte(self) -> float:
         return float(self.bits.sum() / self.bytes.sum()) if len(self.bits) else math.nan
+
+
+def items_met(point: Point) -> tuple[tuple[int, int], ...]:
+    """The ranges (first, last + 1) of items that a row has met; they are the same for all tasks."""
+    known = _known(point)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]]).astype(int)))
+    return tuple((int(first), int(last)) for first, last in edges.reshape(-1, 2))
+
+
+def items_words(point: Point) -> str:
+    return "items " + ", ".join(f"{first}-{last}" for first, last in items_met(point))
+
+
+def _known(point: Point) -> np.ndarray:
+    """bool [items]: whether a row has met an item."""
+    return ~np.isnan(next(iter(point.scores["greedy"].values())))
+
+
+def on_common_items(found: dict[str, Point]) -> dict[str, Point]:
+    """Rows over the same items, to stand side by side: the rows of the item that most have met, on what they all met.
+
+    The other rows are left out.
+    """
+    longest = max((len(_known(point)) for point in found.values()), default=0)
+    known = {name: np.pad(_known(point), (0, longest - len(_known(point)))) for name, point in found.items()}
+    if not known:
+        return {}
+    most = int(np.sum(list(known.values()), axis=0).argmax())
+    rows = [name for name, those in known.items() if those[most]]
+    chosen = np.flatnonzero(np.all([known[name] for name in rows], axis=0))
+    kept = {}
+    for name in rows:
+        scores = found[name].scores
+        cut = {m: {task: shares[chosen] for task, shares in its.items()} for m, its in scores.items()}
+        kept[name] = replace(found[name], scores=cut)
+    return kept
 
 
 def settings_of(result: Record) -> list[tuple[int, int]]:
@@ -95,35 +140,40 @@ def _point(row: Record, cells: list[Record]) -> Point:
             scores[measure][task] = shares
     bits = next(((cell["bits"], cell["bytes"]) for cell in cells if "bits" in cell), ([], []))
     probe = next((cell["probe"] for cell in cells if "probe" in cell), {})
-    density = 1.0 if row["kind"] == "dense" else (probe.get("density") or {}).get("sub_group_union")
-    return Point(row, math.nan if density is None else density, scores, *map(np.array, bits), probe)
+    read = {kind: its["read"] for kind, its in probe.get("kinds", {}).items()}
+    densities = {kind: its["sub_group_union"] / its["visible"] for kind, its in read.items() if its and its["visible"]}
+    return Point(row, densities, scores, *map(np.array, bits), probe)
 
 
-def families(found: dict[str, Point]) -> dict[str, list[Point]]:
-    """The points of each family by density, those without a density left out."""
+def families(found: dict[str, Point], kinds: Sequence[str]) -> dict[str, list[Point]]:
+    """The points of each family by density on some kinds of prompt, those without a density left out."""
     grouped: dict[str, list[Point]] = {}
     for point in found.values():
-        if not math.isnan(point.density):
+        if not math.isnan(point.density(kinds)):
             grouped.setdefault(point.row["family"], []).append(point)
-    return {family: sorted(those, key=lambda point: point.density) for family, those in grouped.items()}
+    return {family: sorted(those, key=lambda point: point.density(kinds)) for family, those in grouped.items()}
 
 
-def at_density(family: Sequence[Point], density: float) -> Point | None:
-    """A family between its two neighbours of a density, item by item; None outside its sweep.
+def at_density(family: Sequence[Point], density: float, kinds: Sequence[str]) -> Point | None:
+    """A family between its two neighbours of a density on some kinds of prompt, item by item; None outside its sweep.
 
-    Held-out windows are interpolated alike; the probe of such a point is empty.
+    Args:
+        family: in the order of `families` for these kinds.
+        density: the wanted one.
+        kinds: those of the prompts that are looked at in the point that is returned: tasks, or held-out text. Its
+            windows of text are interpolated like the items, its probe is empty.
     """
     for point in family:
-        if math.isclose(point.density, density, abs_tol=5e-5):
+        if math.isclose(point.density(kinds), density, abs_tol=5e-5):
             return point
     for low, high in pairwise(family):
-        if low.density < density < high.density:
-            weight = (density - low.density) / (high.density - low.density)
-            return _between(low, high, weight, density)
+        less, more = low.density(kinds), high.density(kinds)
+        if less < density < more:
+            return _between(low, high, (density - less) / (more - less))
     return None
 
 
-def _between(low: Point, high: Point, weight: float, density: float) -> Point:
+def _between(low: Point, high: Point, weight: float) -> Point:
     def mixed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         both = min(len(first), len(second))
         return (1 - weight) * first[:both] + weight * second[:both]
@@ -133,12 +183,14 @@ def _between(low: Point, high: Point, weight: float, density: float) -> Point:
         for measure in MEASURES
     }
     bits = mixed(low.bits, high.bits)
-    return Point(low.row, density, scores, bits, low.bytes[: len(bits)], {})
+    both = low.densities.keys() & high.densities.keys()
+    densities = {kind: (1 - weight) * low.densities[kind] + weight * high.densities[kind] for kind in both}
+    return Point(low.row, densities, scores, bits, low.bytes[: len(bits)], {})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One method's accuracy less another's, in points of 100, over the items that both met."""
+    """One method's accuracy less another's, in points of 100, over the items (in all: n) that both met."""
 
     points: float
     low: float
@@ -146,7 +198,7 @@ class Difference:
     items: int
 
     def __str__(self) -> str:
-        return f"{self.points:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        return f"{self.points:+.1f} ({self.low:+.1f} to {self.high:+.1f}), n {self.items}"
 
 
 def difference(one: Point, other: Point, tasks: Sequence[str], measure: str = "greedy") -> Difference | None:
@@ -234,17 +286,36 @@ def measuring_tasks(result: Record, context: int, chunk: int, measure: str = "gr
 
 
 def best_within(found: dict[str, Point], density: float, tasks: Sequence[str]) -> Point | None:
-    """The library's row of the highest accuracy up to a density; QUOKA, the oracle and the control do not count."""
-    own = [
-        point
-        for point in found.values()
-        if point.row["kind"] == "library"
-        and point.row["selector"] not in ("Dense", "Oracle")
-        and point.density <= density
-    ]
-    return max(own, key=lambda point: (point.mean(tasks), -point.density), default=None)
+    """The library's row that stands best against dense on tasks, up to a density on their prompts.
+
+    Rows are ranked by their difference to dense on the items that both met, and only those count which met as many as
+    dense, or `ENOUGH_ITEMS`: among few items chance finds a good row. QUOKA, the oracle and the control do not count.
+    None where there is no such row, or no dense one.
+    """
+    if DENSE not in found:
+        return None
+    dense, enough = found[DENSE], min(int(_known(found[DENSE]).sum()), ENOUGH_ITEMS)
+    own = [point for point in found.values() if is_own(point) and point.density(tasks) <= density]
+    ranked = []
+    for point in own:
+        gap = difference(point, dense, tasks)
+        if gap is not None and int(_known(point).sum()) >= enough:
+            ranked.append((gap.points, -point.density(tasks), point))
+    return max(ranked, key=lambda one: one[:2])[2] if ranked else None
 
 
-def quoka_points(found: dict[str, Point]) -> list[Point]:
-    """QUOKA's sweep by density."""
-    return families(found).get(QUOKA, [])
+def best_on_text(found: dict[str, Point], density: float, dense: Point) -> Point | None:
+    """The library's row of the fewest bits per byte over dense up to a density on held-out text."""
+    ratios = {name: bits_ratio(point, dense) for name, point in found.items() if is_own(point)}
+    own = {name: its[0] for name, its in ratios.items() if its and found[name].density((TEXT,)) <= density}
+    return found[min(own, key=own.__getitem__)] if own else None
+
+
+def is_own(point: Point) -> bool:
+    """Whether a row is the library's own selection; QUOKA, the oracle, the control and dense rows are not."""
+    return point.row["kind"] == "library" and point.row["selector"] not in ("Dense", "Oracle")
+
+
+def quoka_points(found: dict[str, Point], kinds: Sequence[str]) -> list[Point]:
+    """QUOKA's sweep by density on some kinds of prompt."""
+    return families(found, kinds).get(QUOKA, [])

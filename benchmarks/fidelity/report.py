@@ -11,14 +11,18 @@ import numpy as np
 from benchmarks.fidelity import figure
 from benchmarks.fidelity.findings import (
     DENSITIES,
+    ENOUGH_ITEMS,
     MEASURES,
     Point,
     Record,
     at_density,
+    best_on_text,
     best_within,
     bits_ratio,
     difference,
     families,
+    is_own,
+    items_words,
     judge,
     load,
     measuring_tasks,
@@ -26,7 +30,7 @@ from benchmarks.fidelity.findings import (
     quoka_points,
     settings_of,
 )
-from benchmarks.fidelity.plans import DENSE, NEEDLE_TASKS, QUOKA
+from benchmarks.fidelity.plans import DENSE, NEEDLE_TASKS, QUOKA, TEXT
 from benchmarks.records import table, tokens
 from benchmarks.report_targets import Target
 from benchmarks.testbed.intervals import wilson
@@ -115,21 +119,26 @@ def _verdicts(result: Record) -> list[str]:
 def _goals_section(result: Record) -> list[str]:
     """The goals at 16K and 32K, chunk 1024, with what was measured."""
     targets: list[tuple[Target, str]] = []
+    notes = []
     for context in GOAL_CONTEXTS:
-        found = points(result, context, 1024)
+        found, where = points(result, context, 1024), tokens(context)
         dense, best = found.get(DENSE), best_within(found, GOAL_DENSITY, tuple(TASKS))
-        if dense is None or best is None:
+        if dense is None:
             continue
-        where, name = tokens(context), f"{best.row['name']}, density {best.density:.3f}"
+        if best is None:
+            notes.append(f"{where}: no row at density ≤ {GOAL_DENSITY} on all tasks has met so many items as dense.")
         for measure, measure_name in MEASURES.items():
-            gap = difference(best, dense, tuple(TASKS), measure)
-            if gap is not None:
+            gap = best and difference(best, dense, tuple(TASKS), measure)
+            if best is not None and gap is not None:
+                name = f"{best.row['name']}, density {best.density(tuple(TASKS)):.3f}"
                 what = f"{where}, {measure_name}: best row at density ≤ {GOAL_DENSITY} ({name}) less dense, all tasks"
                 targets.append((Target(what, -0.5, gap.points), str(gap)))
-        ratio = bits_ratio(best, dense)
-        if ratio is not None:
-            measured = f"{ratio[0]:.4f} ({ratio[1]:.4f} to {ratio[2]:.4f})"
-            targets.append((Target(f"{where}: its bits per byte ÷ dense", 1.005, ratio[0], most=True), measured))
+        reader = best_on_text(found, GOAL_DENSITY, dense)
+        ratio = reader and bits_ratio(reader, dense)
+        if reader is not None and ratio:
+            name = f"{reader.row['name']}, density {reader.density((TEXT,)):.3f}"
+            what = f"{where}: bits per byte ÷ dense, best row at density on text ≤ {GOAL_DENSITY} ({name})"
+            targets.append((Target(what, 1.005, ratio[0], most=True), _ratio_words(ratio)))
         for measure in MEASURES:
             targets += _quoka_targets(found, where, measure)
     rows = [
@@ -137,77 +146,99 @@ def _goals_section(result: Record) -> list[str]:
         for one, measured in targets
     ]
     body = table(("", "goal", "measured (95 %)", "met"), rows)
-    words = "Accuracy in points. The best row (by greedy answers) and the best family are picked on the items that they"
-    return [f"{words} are then judged on, which flatters them.", "", *body] if body else []
+    words = (
+        "Accuracy in points, on the n items that both sides met. A density beside it is that on prompts of the same "
+        "tasks. The best rows (by greedy answers less dense, among those that met as many items as dense or "
+        f"{ENOUGH_ITEMS} of each task; and by bits per byte) and the best family (among those of the most items) are "
+        "picked on the items that they are then judged on, which flatters them."
+    )
+    lines = [words, "", *body, *([""] if body and notes else []), *notes]
+    return lines if body or notes else []
+
+
+def _ratio_words(ratio: tuple[float, float, float]) -> str:
+    return f"{ratio[0]:.4f} ({ratio[1]:.4f} to {ratio[2]:.4f})"
 
 
 def _quoka_targets(found: dict[str, Point], where: str, measure: str) -> list[tuple[Target, str]]:
-    """At each density of QUOKA that a family of the library reaches, the best family's lead."""
+    """At each density of QUOKA that a family of the library reaches, the best lead of a family with enough items."""
     targets = []
-    for point in quoka_points(found):
-        gaps = {}
-        for family, sweep in families(found).items():
-            own = sweep[0].row
-            if own["kind"] == "library" and own["selector"] not in ("Dense", "Oracle"):
-                level = at_density(sweep, point.density)
+    for point in quoka_points(found, QUOKA_TASKS):
+        gaps, density = {}, point.density(QUOKA_TASKS)
+        for family, sweep in families(found, QUOKA_TASKS).items():
+            if is_own(sweep[0]):
+                level = at_density(sweep, density, QUOKA_TASKS)
                 gaps[family] = None if level is None else difference(level, point, QUOKA_TASKS, measure)
         leads = {family: gap for family, gap in gaps.items() if gap is not None}
+        most = max((gap.items for gap in leads.values()), default=0)
+        enough = min(most, ENOUGH_ITEMS * len(QUOKA_TASKS))
+        leads = {family: gap for family, gap in leads.items() if gap.items >= enough}
         if leads:
             family = max(leads, key=lambda name: leads[name].points)
-            what = (
-                f"{where}, {MEASURES[measure]}: {family} less {point.row['name']}, both at density {point.density:.3f}"
-            )
+            what = f"{where}, {MEASURES[measure]}: {family} less {point.row['name']}, both at density {density:.3f}"
             what += ", multi-query and multi-key"
             targets.append((Target(what, 5.0, leads[family].points), str(leads[family])))
     return targets
 
 
 def _equal_section(result: Record) -> list[str]:
-    """Families between their neighbours of each density: accuracy over the needle tasks, and less dense."""
+    """Families between their neighbours of each density: accuracy less dense's, and bits per byte over dense's."""
     lines = [
-        "Mean over the five needle tasks, less dense, in points (95 %). Each family between the two points of its sweep"
-        " that enclose the density, interpolated linearly item by item; a dash is outside its sweep.",
+        "Mean over the five needle tasks, less dense, in points (95 %, n items), at densities on prompts of these "
+        "tasks; and bits per byte ÷ dense at densities on held-out text. Each family between the two points of its "
+        "sweep that enclose the density, interpolated linearly item by item; a dash is outside its sweep.",
         "",
     ]
+    heads = [f"at {density:g}" for density in DENSITIES]
     for measure, measure_name in MEASURES.items():
         rows = []
         for context, chunk in settings_of(result):
             found = points(result, context, chunk)
             if DENSE not in found:
                 continue
-            for family, sweep in families(found).items():
-                levels = [at_density(sweep, density) for density in DENSITIES]
-                if len(sweep) > 1 and any(levels):
-                    gaps = [level and difference(level, found[DENSE], NEEDLE_TASKS, measure) for level in levels]
-                    rows.append((_where(context, chunk), family, *(str(gap) if gap else "-" for gap in gaps)))
-        body = table(("", measure_name, *(f"at {density:g}" for density in DENSITIES)), rows)
+            for family, levels in _levels(found, NEEDLE_TASKS).items():
+                gaps = [level and difference(level, found[DENSE], NEEDLE_TASKS, measure) for level in levels]
+                rows.append((_where(context, chunk), family, *map(_or_dash, gaps)))
+        body = table(("", measure_name, *heads), rows)
         lines += [*body, ""] if body else []
+    rows = []
+    for context, chunk in settings_of(result):
+        found = points(result, context, chunk)
+        for family, levels in _levels(found, (TEXT,)).items() if DENSE in found else ():
+            ratios = [level and bits_ratio(level, found[DENSE]) for level in levels]
+            if any(ratios):
+                rows.append((_where(context, chunk), family, *(_ratio_words(one) if one else "-" for one in ratios)))
+    body = table(("", "bits per byte ÷ dense", *heads), rows)
+    lines += [*body, ""] if body else []
     return lines if len(lines) > 2 else []
+
+
+def _levels(found: dict[str, Point], kinds: Sequence[str]) -> dict[str, list[Point | None]]:
+    """Families that are swept, at each of `DENSITIES` on some kinds of prompt that one of their sweeps encloses."""
+    swept = {family: sweep for family, sweep in families(found, kinds).items() if len(sweep) > 1}
+    levels = {family: [at_density(sweep, density, kinds) for density in DENSITIES] for family, sweep in swept.items()}
+    return {family: its for family, its in levels.items() if any(its)}
 
 
 def _quoka_section(result: Record) -> list[str]:
     """Every family at QUOKA's own densities: multi-query and multi-key, families less QUOKA."""
-    rows = []
-    for context, chunk in settings_of(result):
-        found = points(result, context, chunk)
-        for point in quoka_points(found):
-            for family, sweep in families(found).items():
-                level = at_density(sweep, point.density)
-                if family != QUOKA and len(sweep) > 1 and level is not None:
-                    gaps = (
-                        difference(level, point, tasks, measure)
-                        for tasks in (QUOKA_TASKS, NEEDLE_TASKS)
-                        for measure in MEASURES
-                    )
-                    rows.append(
-                        (_where(context, chunk), point.row["name"], point.density, family, *map(_or_dash, gaps))
-                    )
-    head = ["", "QUOKA", "density", "family"]
-    head += [
-        f"{tasks}, {name}" for tasks in ("multi-query and multi-key", "needle tasks") for name in MEASURES.values()
-    ]
-    body = table(head, rows)
-    return ["Points of each family less QUOKA's at QUOKA's density (95 %).", "", *body] if body else []
+    lines = []
+    for words, tasks in (("Multi-query and multi-key", QUOKA_TASKS), ("The needle tasks", NEEDLE_TASKS)):
+        rows = []
+        for context, chunk in settings_of(result):
+            found = points(result, context, chunk)
+            for point in quoka_points(found, tasks):
+                density = point.density(tasks)
+                for family, sweep in families(found, tasks).items():
+                    level = at_density(sweep, density, tasks)
+                    if family != QUOKA and len(sweep) > 1 and level is not None:
+                        gaps = (difference(level, point, tasks, measure) for measure in MEASURES)
+                        head = (_where(context, chunk), point.row["name"], density, family)
+                        rows.append((*head, *map(_or_dash, gaps)))
+        body = table(("", "QUOKA", "density", "family", *MEASURES.values()), rows)
+        what = f"{words}: points of each family less QUOKA's, at QUOKA's density on their prompts (95 %, n items)."
+        lines += [what, "", *body, ""] if body else []
+    return lines
 
 
 def _or_dash(value: object) -> str:
@@ -219,24 +250,25 @@ def _beside_section(result: Record) -> list[str]:
     rows = []
     for context, chunk in settings_of(result):
         found = points(result, context, chunk)
-        swept = families(found)
+        swept = families(found, NEEDLE_TASKS)
         for family, sweep in swept.items():
             base = swept.get(family.partition(" + ")[0], [])
             if " + " not in family or len(base) < 2:
                 continue
             for point in sweep:
-                level = at_density(base, point.density)
+                density = point.density(NEEDLE_TASKS)
+                level = at_density(base, density, NEEDLE_TASKS)
                 same = next((one for one in base if _sweeps_alike(one.row, point.row)), None)
                 gaps = (
                     None if other is None else difference(point, other, NEEDLE_TASKS, measure)
                     for other in (level, same)
                     for measure in MEASURES
                 )
-                rows.append((_where(context, chunk), point.row["name"], point.density, *map(_or_dash, gaps)))
+                rows.append((_where(context, chunk), point.row["name"], density, *map(_or_dash, gaps)))
     head = ["", "row", "density"]
     head += [f"{name}, {base}" for base in ("at equal density", "at equal alpha") for name in MEASURES.values()]
     body = table(head, rows)
-    words = "Points over the needle tasks, with the change less without it (95 %)."
+    words = "Points over the needle tasks, with the change less without it (95 %, n items)."
     return [words, "", *body] if body else []
 
 
@@ -246,20 +278,21 @@ def _sweeps_alike(row: Record, other: Record) -> bool:
 
 
 def _pooled_section(result: Record) -> list[str]:
-    """Every row over all contexts of a chunk: each item counts alike."""
+    """Every row over all contexts of a chunk, a table for the rows of the same items: each item counts alike."""
     lines = []
     settings = settings_of(result)
     for chunk in dict.fromkeys(chunk for _, chunk in settings):
         contexts = [context for context, its in settings if its == chunk]
         by_context = [points(result, context, chunk) for context in contexts]
-        rows = []
+        alike: dict[str, list[tuple[str, ...]]] = {}
         for name in result["rows"]:
-            met = [found[name].scores["greedy"] for found in by_context if name in found]
+            met = {tokens(one): found[name] for one, found in zip(contexts, by_context, strict=True) if name in found}
             if met:
-                rows.append((name, *(_score(np.concatenate([scores[task] for scores in met])) for task in TASKS)))
-        where = ", ".join(map(tokens, contexts))
-        if len(contexts) > 1:
-            lines += [f"Chunk {chunk}, contexts {where}; greedy.", "", *table(("", *SHORT_NAMES.values()), rows), ""]
+                pooled = [np.concatenate([point.scores["greedy"][task] for point in met.values()]) for task in TASKS]
+                where = "; ".join(f"{context} {items_words(point)}" for context, point in met.items())
+                alike.setdefault(where, []).append((name, *map(_score, pooled)))
+        for where, rows in alike.items() if len(contexts) > 1 else ():
+            lines += [f"Chunk {chunk}, {where}; greedy.", "", *table(("", *SHORT_NAMES.values()), rows), ""]
     return lines
 
 
@@ -269,20 +302,26 @@ def _rows_section(result: Record) -> list[str]:
     for context, chunk in settings_of(result):
         found = points(result, context, chunk)
         rows = [_probe_cells(point, found.get(DENSE)) for point in found.values()]
-        head = ("", "own mask", "span union", "table", "KV group", "coverage", "under 0.9", "worst", "error")
-        lines += [f"### {_where(context, chunk)}", "", *table((*head, "bits per byte ÷ dense (95 %)"), rows), ""]
+        head = ("", "own mask", "span union", "table", "KV group", "table, needle tasks", "table, text")
+        head += ("coverage", "under 0.9", "worst", "error", "bits per byte ÷ dense (95 %)")
+        lines += [f"### {_where(context, chunk)}", "", *table(head, rows), ""]
         for measure, measure_name in MEASURES.items():
-            rows = [(name, *(_score(point.scores[measure][task]) for task in TASKS)) for name, point in found.items()]
-            lines += [*table((measure_name, *SHORT_NAMES.values()), rows), ""]
+            alike: dict[str, list[tuple[str, ...]]] = {}  # rows of other items in a table of their own
+            for name, point in found.items():
+                scores = [_score(point.scores[measure][task]) for task in TASKS]
+                alike.setdefault(items_words(point), []).append((name, *scores))
+            for items, those in alike.items():
+                lines += [*table((f"{measure_name}, {items}", *SHORT_NAMES.values()), those), ""]
     return lines
 
 
 def _probe_cells(point: Point, dense: Point | None) -> tuple[object, ...]:
     density, probe = point.probe.get("density", {}), point.probe
     cells = [density.get(step) for step in ("mask", "query_block_union", "sub_group_union", "group_union")]
+    cells += [point.density(NEEDLE_TASKS), point.density((TEXT,))] if probe else [None, None]
     cells += [probe.get(name) for name in ("coverage", "below_0.9", "worst_coverage", "output_error")]
     ratio = None if dense is None else bits_ratio(point, dense)
-    bits = "-" if ratio is None else f"{ratio[0]:.4f} ({ratio[1]:.4f} to {ratio[2]:.4f})"
+    bits = "-" if ratio is None else _ratio_words(ratio)
     if point is dense and len(point.bits):
         bits = f"{point.bits_per_byte:.4f} bits"
     return point.row["name"], *(math.nan if cell is None else float(cell) for cell in cells), bits
@@ -304,7 +343,7 @@ def _absent_section(result: Record) -> list[str]:
     ]
     left = result["runs"][-1]["not_run"]
     if left:
-        lines.append(f"- {len(left)} cells were not run for want of time, {left[0]} the first of them")
+        lines.append(f"- {len(left)} cells were not reached by the last run, {left[0]} the first of them")
     return lines
 
 

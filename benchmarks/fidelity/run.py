@@ -4,22 +4,25 @@
     python3 -m benchmarks fidelity --preset h200 --corpus out/stdlib.zip --resume   # again and again until all is there
     python3 -m benchmarks report benchmarks/results/fidelity-h200.json
 
-The corpus is `python3 -m benchmarks.testbed.corpus --out out/stdlib.zip`, made where Python has its whole library. The
-model is the committed one, or `--weights DIRECTORY`; it should be trained on the tasks (`testbed.train_tasks`) and have
+The corpus is `python3 -m benchmarks.testbed.corpus --out out/stdlib.zip`, made by the Python whose whole library the
+model was trained on: another text is refused, for what is held out of it need not be new to the model. The model is
+the committed one, or `--weights DIRECTORY`; it should be trained on the tasks (`testbed.train_tasks`) and have
 gates (`testbed.train_gate`), and the report says where it is not or has none.
 
 A cell is one row over one stage's context, chunk and items. The JSON is rewritten after every cell; `--resume` keeps
-the cells that it has. No cell begins that is not expected to end within `--budget-seconds`.
+the cells that it has, those of SeerAttention while the gates are the same. No cell begins that is not expected to end
+within `--budget-seconds`. A cell that fails is a record with its reason, and `--resume` tries it again, after all
+others; an error that leaves the GPU unusable ends the run.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
 import json
 import multiprocessing
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -30,9 +33,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.baselines import reason
 from benchmarks.fidelity import answering
 from benchmarks.fidelity.methods import Methods
-from benchmarks.fidelity.plans import NEEDLE_TASKS, Preset, Row, Stage, planned_seconds, preset
+from benchmarks.fidelity.plans import (
+    DENSE,
+    NEEDLE_TASKS,
+    TEXT,
+    Preset,
+    Row,
+    Stage,
+    definition_of,
+    planned_seconds,
+    preset,
+)
 from benchmarks.fidelity.probing import probe
 from benchmarks.latency import torch_threads, write_json
 from benchmarks.machine import FIDELITY_SOURCES, environment
@@ -41,7 +55,7 @@ from benchmarks.testbed.evaluate import heldout_windows
 from benchmarks.testbed.intervals import METHODS as INTERVALS
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model
 from benchmarks.testbed.tasks import ANSWER_WORDS, TASKS, Example, TaskSource
-from benchmarks.testbed.train import RECORD_FILE
+from benchmarks.testbed.train import check_corpus, read_record
 from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
 
 KIND, SCHEMA = "fidelity", 1
@@ -55,8 +69,10 @@ PROTOCOL = (
     "dense: transformers' own attention (sdpa), the prompt in one piece; all others prefill in chunks, the first of "
     "which has nothing to select from and is dense.",
     "Density: past blocks (QUOKA: tokens) that are read, of those that are visible, averaged over a prompt's chunks, "
-    "all layers and heads. Coverage: share of the exact softmax mass on what a query is given. Output error: relative, "
-    "per layer and head, against dense attention over the same queries and keys. All three on a few prompts.",
+    "all layers and heads. It depends on the prompt: beside scores of tasks stands the density on prompts of these "
+    "tasks, each counting alike, and beside bits per byte that on held-out text.",
+    "Coverage: share of the exact softmax mass on what a query is given. Output error: relative, per layer and head, "
+    "against dense attention over the same queries and keys. Density, coverage and error are of a few prompts.",
     "Bits per byte: held-out source text, windows of the context's length, all positions.",
     *INTERVALS,
 )
@@ -69,10 +85,11 @@ class Options:
     Attributes:
         preset, out: which preset, and the directory of its results.
         weights: directory of the model; its `seer_gate.safetensors` is used if it is there, or `gate`.
-        corpus: packed corpus, None for the running Python's library.
+        corpus: packed corpus, None for the running Python's library; refused if the model's record names another.
         only: comma-separated parts of row names, or shell patterns; None runs all.
         contexts: comma-separated; None runs all of the preset's.
-        resume: keep the cells that the result in `out` already has from the same sources, weights and corpus.
+        resume: keep the cells that the result in `out` already has from the same sources, weights and corpus; those
+            whose row reads gates only if they are of these gates.
         commit: what to write down as the commit where there is no git.
         budget_seconds, device, tokens_at_once, items: instead of the preset's; `items` caps those of a task.
         threads: on the CPU; one by default, because two on a shared core wait for each other.
@@ -132,12 +149,14 @@ def listed(options: Options) -> str:
 
 
 def run(options: Options) -> int:
-    """Run a preset, print progress, write JSON; 0 unless a cell fails."""
+    """Run a preset, print progress, write JSON; 0 unless a cell of the result failed, in this run or an earlier one."""
     chosen = plan(options)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
     started, on_cpu = time.perf_counter(), chosen.device == "cpu"
-    source = TaskSource(corpora.load(options.corpus), TASK_SEED)
+    corpus = corpora.load(options.corpus)
+    check_corpus(options.weights, corpus)
+    source = TaskSource(corpus, TASK_SEED)
     items = Items(source, processes=0 if on_cpu else 8)  # before CUDA starts: they are forked
     with items, torch_threads(options.threads if on_cpu else torch.get_num_threads()):
         model = load_model(options.weights, chosen.device)
@@ -171,19 +190,47 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
             raise ValueError(f"--resume: expected a fidelity result of schema {SCHEMA}, got another in {path}")
         where = before["runs"][-1]["environment"]
         pairs = [(name, where.get(name), here[name]) for name in ("sources", "gpu", "torch")]
-        pairs += [(name, before[name], result[name]) for name in ("model", "corpus")]
+        pairs += [(name, before["model"].get(name), result["model"][name]) for name in ("weights", "dtype")]
+        pairs.append(("corpus", before["corpus"], result["corpus"]))
         for name, theirs, ours in pairs:
             if theirs != ours:
                 raise ValueError(f"--resume: expected a result of {name} {ours!r}, got {path} of {name} {theirs!r}")
-        result = before
-        result["cells"] = [cell for cell in before["cells"] if cell["status"] == "ok"]
-    rows = {row.name: row.as_json() for row in chosen.rows}
-    result["rows"] |= rows
-    result["absent"] = {row.name: why for row in chosen.rows if (why := methods.why_not(row)) is not None}
+        _check_rows(chosen.rows, before, path)
+        result = before | {"protocol": PROTOCOL, "model": _joined(before["model"], result["model"])}
+        result["cells"] = _kept(before["cells"], result["model"]["gate"])
+    result["rows"] |= {row.name: row.as_json() for row in chosen.rows}
+    measured = {cell["row"] for cell in result["cells"] if cell["status"] == "ok"}
+    for row in chosen.rows:  # the others keep what an earlier run said of them
+        why = methods.why_not(row)
+        result["absent"].pop(row.name, None)
+        if why is not None and row.name not in measured:
+            result["absent"][row.name] = why
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     result["runs"].append({"started": started, "environment": here, "seconds": 0.0, "not_run": []})
     options.out.mkdir(parents=True, exist_ok=True)
     return result
+
+
+def _check_rows(rows: Sequence[Row], before: dict[str, Any], path: Path) -> None:
+    """Refuse a result with cells of a row that has the name of one of these and is another."""
+    measured = {cell["row"] for cell in before["cells"] if cell["status"] == "ok"}
+    for row in rows:
+        theirs, ours = before["rows"].get(row.name), json.loads(json.dumps(row.definition()))
+        if row.name in measured and definition_of(theirs) != ours:
+            raise ValueError(f"--resume: expected {row.name!r} to be {ours}, got {path} with {definition_of(theirs)}")
+
+
+def _joined(before: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """The record of the model that is here; where no gates are, the result's stay those of its cells."""
+    return here if here["gate"] is not None else here | {"gate": before["gate"]}
+
+
+def _kept(cells: Sequence[dict[str, Any]], gate: str | None) -> list[dict[str, Any]]:
+    """The cells, less those of other gates."""
+    kept = [cell for cell in cells if cell.get("gate", gate) == gate]
+    if len(kept) < len(cells):
+        print(f"{len(cells) - len(kept)} cells are of other gates and are measured again")
+    return kept
 
 
 def _model_record(directory: Path, methods: Methods) -> dict[str, Any]:
@@ -195,9 +242,8 @@ def _model_record(directory: Path, methods: Methods) -> dict[str, Any]:
     record["gate"] = None if gate is None else hashlib.sha256(gate).hexdigest()[:16]
     record["parameters"] = sum(p.numel() for p in methods.model.parameters())
     record["dtype"] = str(methods.model.dtype).removeprefix("torch.")
-    training = directory / RECORD_FILE
-    if training.exists():
-        told = json.loads(training.read_text())
+    told = read_record(directory)
+    if told is not None:
         record["training"] = {name: told.get(name) for name in ("complete", "steps", "tokens", "seconds", "device")}
         record["training"]["tasks"] = told.get("tasks")
     return record
@@ -212,25 +258,28 @@ def _text_digest(source: TaskSource) -> str:
 
 
 def remaining(chosen: Preset, methods: Methods, result: dict[str, Any]) -> list[tuple[Stage, Row]]:
-    """Cells that can run here and are not in the result yet."""
-    done = {cell["row"]: set[tuple[int, ...]]() for cell in result["cells"]}
-    for cell in result["cells"]:
-        done[cell["row"]].add(cell_key(cell))
+    """Cells that can run here and are not in the result yet; those that failed come last."""
+    status = {(cell["row"], *cell_key(cell)): cell["status"] for cell in result["cells"]}
+    able = [(stage, row) for stage, row in chosen.cells() if methods.why_not(row) is None]
+    found = [status.get((row.name, *cell_key(asdict(stage)))) for stage, row in able]
     return [
-        (stage, row)
-        for stage, row in chosen.cells()
-        if row.name not in result["absent"]
-        and (stage.context, stage.chunk, stage.first, stage.last) not in done.get(row.name, ())
+        *(cell for cell, its in zip(able, found, strict=True) if its is None),
+        *(cell for cell, its in zip(able, found, strict=True) if its == "failed"),
     ]
 
 
-def cell_key(cell: dict[str, Any]) -> tuple[int, int, int, int]:
-    return cell["context"], cell["chunk"], cell["first"], cell["last"]
+def cell_key(cell: dict[str, Any]) -> tuple[int, ...]:
+    """What a cell was measured over; of a stage's fields likewise."""
+    return tuple(cell[name] for name in ("context", "chunk", "first", "last", "windows", "probes"))
 
 
 def pace(cells: Sequence[dict[str, Any]]) -> float | None:
-    """Measured over planned seconds of the last cells; None before the first."""
-    recent = [cell for cell in cells if cell["status"] == "ok"][-8:]
+    """Measured over planned seconds of the last cells that say something about others; None before the first.
+
+    Those that warm their selector up, which may compile its kernels, and dense ones do not.
+    """
+    telling = [cell for cell in cells if cell["status"] == "ok" and cell["row"] != DENSE and not cell["warms_up"]]
+    recent = telling[-8:]
     return sum(cell["seconds"] for cell in recent) / sum(cell["planned"] for cell in recent) if recent else None
 
 
@@ -259,37 +308,59 @@ def _measure(
     started: float,
 ) -> None:
     """Measure cell after cell, and rewrite the JSON after each."""
-    current = result["runs"][-1]
-    fresh: list[dict[str, Any]] = []  # the pace is that of this run once it has one
+    current, number, lost = result["runs"][-1], len(result["runs"]) - 1, False
+    warm: set[tuple[object, ...]] = set()
     for stage, row in todo:
         planned = planned_seconds(stage, row, chosen.device, chosen.tokens_at_once)
         elapsed = time.perf_counter() - started
-        expected = planned * (pace(fresh) or pace(result["cells"]) or 1.0)
-        if elapsed + expected > chosen.budget_seconds:
+        fresh = [cell for cell in result["cells"] if cell["run"] == number]
+        expected = planned * (pace(fresh) or pace(result["cells"]) or 1.0)  # this run's own once it has one
+        if lost or elapsed + expected > chosen.budget_seconds:
             current["not_run"].append(f"{row.name} at {stage}")
         else:
             cell = measured_cell(stage, row, chosen, methods, items)
-            cell |= {"run": len(result["runs"]) - 1, "planned": round(planned, 2)}
+            cell |= {"run": number, "planned": round(planned, 2), "warms_up": kernels_of(row) not in warm}
+            if cell["status"] == "ok":
+                warm.add(kernels_of(row))
+            if row.selector == "SeerGate":
+                cell["gate"] = result["model"]["gate"]
             cell["seconds"] = round(time.perf_counter() - started - elapsed, 2)
-            if row.kind != "dense":
-                fresh.append(cell)
-            result["cells"].append(cell)
+            _put(result, cell)
             result["hidden"].setdefault(f"{stage.context}/{stage.chunk}", {}).update(items.hidden(stage))
             print(f"[{elapsed:6.1f} s] {progress(cell)}", flush=True)
             gc.collect()
-            if chosen.device == "cuda":
+            lost = cell.get("device_lost", False)
+            if chosen.device == "cuda" and not lost:
                 torch.cuda.empty_cache()
         current["seconds"] = round(time.perf_counter() - started, 1)
         write_json(path, result)
     if current["not_run"]:
-        print(f"{len(current['not_run'])} cells were not run for want of time; --resume goes on with them")
+        why = "because the GPU is lost to this process" if lost else "for want of time"
+        print(f"{len(current['not_run'])} cells were not run {why}; --resume goes on with them")
         write_json(path, result)
 
 
+def kernels_of(row: Row) -> tuple[object, ...]:
+    """Rows for which this is the same run the same kernels, which the first of them in a process compiles."""
+    return row.kind, row.selector, row.correction, row.settings.get("top_k") == 0
+
+
+def _put(result: dict[str, Any], cell: dict[str, Any]) -> None:
+    """Add a cell in place of an earlier one over the same items, such as one with fewer probes."""
+
+    def place(one: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(one[name] for name in ("row", "context", "chunk", "first", "last"))
+
+    result["cells"] = [*(other for other in result["cells"] if place(other) != place(cell)), cell]
+
+
 def measured_cell(stage: Stage, row: Row, chosen: Preset, methods: Methods, items: Items) -> dict[str, Any]:
-    """The record of one cell; running out of memory makes it a failed one."""
-    cell: dict[str, Any] = {"row": row.name, "context": stage.context, "chunk": stage.chunk}
-    cell |= {"first": stage.first, "last": stage.last, "status": "ok"}
+    """The record of one cell; whatever its row stumbles over makes it a failed one, and the other rows go on.
+
+    `device_lost` says that the GPU's context did not survive it.
+    """
+    shape = {name: its for name, its in asdict(stage).items() if name != "priority"}
+    cell: dict[str, Any] = {"row": row.name, **shape, "status": "ok"}
     examples, heldout = items.examples(stage), items.source.streams["test"]
     try:
         cell["scores"] = {
@@ -303,7 +374,22 @@ def measured_cell(stage: Stage, row: Row, chosen: Preset, methods: Methods, item
             cell["probe"] = probe(methods, row, items.probes(stage), stage.chunk)
     except torch.OutOfMemoryError as error:
         cell |= {"status": "failed", "reason": f"out of memory; lower --tokens-at-once ({error})"}
+    except Exception as error:
+        traceback.print_exception(error)
+        cell |= {"status": "failed", "reason": reason(error), "device_lost": is_device_lost(error, chosen.device)}
     return cell
+
+
+def is_device_lost(error: Exception, device: str) -> bool:
+    """Whether an error is one of those after which every call of this process to the GPU fails."""
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+        return True
+    try:
+        if device == "cuda":  # Triton and cuBLAS have words of their own
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def progress(cell: dict[str, Any]) -> str:
@@ -365,13 +451,20 @@ class Items:
         }
         return {span: counts}
 
-    def probes(self, stage: Stage) -> list[np.ndarray]:
-        """Windows of the stage's context: held-out text and each task in turn."""
-        kinds = [[one.window for one in its] for its in self.examples(stage).values()]
+    def probes(self, stage: Stage) -> dict[str, list[np.ndarray]]:
+        """Windows of the stage's context by kind: held-out text and each task, which take turns until there are enough.
+
+        A kind that has run out of windows is passed over.
+        """
+        kinds = {task: [one.window for one in its] for task, its in self.examples(stage).items()}
         rounds = -(-stage.probes // (len(kinds) + 1))
         text = heldout_windows(self.source.streams["test"], stage.context, rounds)[:, :-1]
-        turns = itertools.chain.from_iterable(itertools.zip_longest(text, *(its[:rounds] for its in kinds)))
-        return [window for window in turns if window is not None][: stage.probes]
+        kinds = {TEXT: list(text), **kinds}
+        turns = [(kind, its[n]) for n in range(rounds) for kind, its in kinds.items() if n < len(its)][: stage.probes]
+        taken: dict[str, list[np.ndarray]] = {}
+        for kind, window in turns:
+            taken.setdefault(kind, []).append(window)
+        return taken
 
 
 _source: TaskSource | None = None  # of a worker process

@@ -17,7 +17,7 @@ class Settings:
     """What decides a run, apart from the machine's speed.
 
     Attributes:
-        minutes: wall clock of one leg, from the start of the process to the end of its training.
+        minutes: wall clock of one leg, from when its imports are done to the end of its training.
         total_minutes: wall clock of training over all legs, interim evaluations included, start-up not.
         max_steps: optimizer steps at which the run ends even before that, or None.
         leg_steps: steps at which a leg ends even before its time, or None.
@@ -50,7 +50,7 @@ class Settings:
     log_every: int = 50
     milestone_seconds: float = 150.0
     final_items: int = 100
-    workers: int = 12
+    workers: int = 4
 
     def __post_init__(self) -> None:
         positive = ("minutes", "total_minutes", "max_steps", "leg_steps", "learning_rate", "warmup_steps", "log_every")

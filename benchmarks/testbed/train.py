@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -322,6 +323,38 @@ def write_record(directory: Path, record: dict[str, object]) -> None:
     """Write `training.json`, one entry a line."""
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items()]
     write_atomically(directory / RECORD_FILE, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """What `training.json` in a directory of weights says; None where there is none.
+
+    Raises:
+        ValueError: not JSON.
+    """
+    try:
+        return json.loads((directory / RECORD_FILE).read_text())
+    except OSError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{directory / RECORD_FILE}: expected JSON, got: {error}") from error
+
+
+def check_corpus(directory: Path, corpus: corpora.Corpus) -> None:
+    """Refuse another text than that which the weights in a directory were trained on, where their record names it.
+
+    Another Python's library is held out by the same paths, yet much of what is held out there was trained on.
+
+    Raises:
+        ValueError: the record names another corpus; or it is not JSON.
+    """
+    theirs, ours = (read_record(directory) or {}).get("corpus"), corpus.statistics()
+    if theirs is not None and theirs["sha256"] != ours["sha256"]:
+        words = "{sha256:.16} (the library of Python {python_version})"
+        expected, got = (words.format_map(its) for its in (theirs, ours))
+        raise ValueError(
+            f"--corpus: expected the text that the model in {directory} was trained on, {expected}, got {got}; "
+            "`python -m benchmarks.testbed.corpus --out FILE` packs the library of the Python that runs it"
+        )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

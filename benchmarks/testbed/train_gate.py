@@ -3,10 +3,11 @@
     python3 -m benchmarks.testbed.train_gate --corpus out/stdlib.zip --weights out/weights --out out/weights
 
 writes `seer_gate.safetensors`, which `compactattn.load_seer_gates` reads (the tensors of a published checkpoint, in
-bfloat16), and `seer_gate.json`, the record of the run. `--layers 2,4` leaves the other layers out, as a capture does.
-It takes `--minutes` (4) of training and less than a minute around it. A run that is stopped (SIGTERM, SIGINT,
-`--leg-minutes`) leaves a checkpoint in `--state`, and the same command goes on from there; the checkpoint is removed
-when the gates are written.
+bfloat16), and `seer_gate.json`, the record of the run. The corpus must be the one that the model's record names;
+without `--corpus` it is the library of the Python that runs this. `--layers 2,4` leaves the other layers out, as a
+capture does. It takes `--minutes` (4) of training and less than a minute around it. A run that is stopped (SIGTERM,
+SIGINT, `--leg-minutes`), or killed while it measures the gates at the end, leaves a checkpoint in `--state`, and the
+same command goes on from there; the checkpoint is removed when the gates are written.
 
 What a gate learns (SeerAttention, arXiv 2410.13276): attention maps are max-pooled over (query block, KV block) tiles
 and normalised to sum to one over the visible KV blocks; the gate's softmax over blocks is fitted to that by its
@@ -36,7 +37,7 @@ from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model, write_atomically
 from benchmarks.testbed.record import attention_inputs, parse_layers
 from benchmarks.testbed.tasks import TASKS, Side, TaskSource
-from benchmarks.testbed.train import stopping, usable_device
+from benchmarks.testbed.train import check_corpus, stopping, usable_device
 from compactattn.seer_gate import rotate, unrotate
 
 WEIGHTS_FILE, RECORD_FILE = "seer_gate.safetensors", "seer_gate.json"
@@ -213,7 +214,7 @@ class Run:
         """Step until the budget or the leg is used, or `stop` was called; one window is one step.
 
         Returns:
-            Whether the budget is used. If not, a checkpoint was written.
+            Whether the budget is used. A checkpoint was written in either case: what is left to do can be killed.
         """
         settings, losses = self.settings, []
         leg_began = time.monotonic()
@@ -236,10 +237,8 @@ class Run:
                 self.curve.append({"step": self.step, "seconds": round(self.seconds, 2), "divergence": round(mean, 5)})
                 print(f"step {self.step:6d}  {self.seconds:6.1f} s  divergence {mean:.4f}", flush=True)
                 losses = []
-        if self._share() >= 1.0:
-            return True
         self._save()
-        return False
+        return self._share() >= 1.0
 
     def stop(self, *_: object) -> None:
         """End the leg after the present step; a signal handler."""
@@ -312,9 +311,9 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = parse_layers(options.layers or "auto", model.config.num_hidden_layers)
         options.layers = None if chosen is None else tuple(chosen)
         settings = Settings(**{setting.name: getattr(options, setting.name) for setting in fields(Settings)})
-        run = Run(
-            model, corpora.load(options.corpus), settings, options.out, options.state or options.out / "gate_state"
-        )
+        corpus, state = corpora.load(options.corpus), options.state or options.out / "gate_state"
+        check_corpus(options.weights, corpus)
+        run = Run(model, corpus, settings, options.out, state)
         with stopping(run.stop):
             complete = run.train()
         if not complete:

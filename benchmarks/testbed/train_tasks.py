@@ -3,12 +3,13 @@
     python3 -m benchmarks.testbed.corpus --out out/stdlib.zip                            # where Python is whole
     python3 -m benchmarks.testbed.train_tasks --corpus out/stdlib.zip --out out/weights  # one leg; again for the next
 
-Each call is a leg, at most `--minutes` (8.6) of wall clock; three of them use up the `--total-minutes` (24). A leg goes
-on from the checkpoint in `--state` (default: `state` in `--out`; begin anew by removing it), the first one from the
-weights in `--init`, the committed ones. The leg that ends the budget measures the model, which is planned to take
-about another minute, and marks the record complete. Every leg leaves `model.safetensors`, `config.json` and
-`training.json` in `--out`; copy the final three over `benchmarks/testbed/weights`. A leg that is killed is taken up
-from its last interim evaluation, and one that is killed while it measures, measures again.
+Each call is a leg, at most `--minutes` (8.6) of wall clock after its imports; three of them use up the
+`--total-minutes` (24). A leg goes on from the checkpoint in `--state` (default: `state` in `--out`; begin anew by
+removing it), the first one from the weights in `--init`, the committed ones. The leg that ends the budget measures the
+model, which is planned to take about another minute, and marks the record complete. Every leg leaves
+`model.safetensors`, `config.json` and `training.json` in `--out`; copy the final three over
+`benchmarks/testbed/weights`. A leg that is killed is taken up from its last interim evaluation, and one that is killed
+while it measures, measures again.
 
 A checkpoint is `state.json` and two shards, about 21 MB together and none over 16 MiB, so that a leg can go on on
 another machine: that needs `out/stdlib.zip` and `out/weights/state`, which git ignores like all of `out/`.
@@ -55,9 +56,9 @@ from benchmarks.testbed.train import (
     FINAL_WINDOWS,
     GRADIENT_NORM,
     INTERIM_WINDOWS,
-    RECORD_FILE,
     machine_of,
     make_optimizer,
+    read_record,
     stopping,
     usable_device,
     write_record,
@@ -103,7 +104,7 @@ class Run:
         out: directory of the results.
         state: directory of the checkpoint; where it holds one, the run goes on from it.
         device: where to train.
-        began: when the leg began, by `clock`; None is now.
+        began: when the leg began, by `clock`, to count `Settings.minutes` from; None is now.
         clock: seconds.
 
     Raises:
@@ -127,12 +128,12 @@ class Run:
         self.source = TaskSource(corpus, settings.seed)
         self.model = load_model(init, device).train()
         self.optimizer = make_optimizer(self.model, settings, device)
-        self.progress, self.earlier = Progress(), _without_curves(_record_beside(init))
+        self.progress, self.earlier = Progress(), _without_curves(read_record(init))
         self.stopped = False
         if checkpoints.exists(state):
             self._resume()
         if self.is_over:
-            if (_record_beside(out) or {}).get("complete"):
+            if (read_record(out) or {}).get("complete"):
                 raise ValueError(f"--state: expected a run with something left to do, got one that is over, in {state}")
             return
         machine = machine_of(device)
@@ -311,16 +312,6 @@ def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the workers too; the run ends them
 
 
-def _record_beside(weights: Path) -> dict[str, Any] | None:
-    """What `training.json` in a directory of weights says; None where there is none."""
-    try:
-        return json.loads((weights / RECORD_FILE).read_text())
-    except OSError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{weights / RECORD_FILE}: expected JSON, got: {error}") from error
-
-
 def _without_curves(record: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if record is None else {name: its for name, its in record.items() if not name.endswith("curve")}
 
@@ -340,7 +331,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train one leg and write the results; every foreseeable failure ends in one line of text."""
-    began = time.monotonic()
+    began = time.monotonic()  # imports lie before it
     options = parse_arguments(arguments)
     try:
         settings = Settings(**{setting.name: getattr(options, setting.name) for setting in fields(Settings)})
