@@ -99,8 +99,7 @@ def _add_ttft(commands: Any) -> None:
 
 
 def _ttft(parsed: argparse.Namespace) -> int:
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("ttft: expected transformers (pip install 'compactattn[hf]'), got none")
+    _check_installed("ttft", "transformers", "hf")
     from benchmarks.ttft import run
 
     names = ("preset", "out", "only", "resume", "commit", "budget_seconds", "timing_seconds", "device", "shrink")
@@ -139,6 +138,7 @@ def _add_fidelity(commands: Any) -> None:
 
 
 def _fidelity(parsed: argparse.Namespace) -> int:
+    _check_installed("fidelity", "transformers", "hf")
     from benchmarks.fidelity import run
 
     names = ("preset", "out", "gate", "corpus", "only", "contexts", "items", "resume", "commit", "budget_seconds")
@@ -173,6 +173,7 @@ def _add_ruler(commands: Any) -> None:
 
 
 def _ruler(parsed: argparse.Namespace) -> int:
+    _check_installed("ruler", "transformers", "hf")
     from benchmarks import ruler
 
     names = ("model", "out", "tokenizer", "limit", "chunk", "alpha", "gate", "chat_template", "device", "dtype")
@@ -183,7 +184,13 @@ def _ruler(parsed: argparse.Namespace) -> int:
     return ruler.run(ruler.Options(**given))
 
 
+def _check_installed(command: str, package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{command}: expected {package} (extra `{extra}`: pip install '.[{extra}]'), got none")
+
+
 def _report(parsed: argparse.Namespace) -> int:
+    _check_installed("report", "matplotlib", "bench")
     kind = _kind_of(parsed.result)
     if kind == "ttft":
         from benchmarks.ttft.report import write_report

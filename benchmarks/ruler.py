@@ -203,7 +203,7 @@ def _harness() -> Any:
         from benchmarks import harness
     except ImportError as error:
         raise ValueError(
-            f"ruler: expected lm_eval with its RULER tasks, pip install 'compactattn[ruler]': {error}"
+            f"ruler: expected lm_eval with its RULER tasks (extra `ruler`: pip install '.[ruler]'): {error}"
         ) from error
     return harness
 

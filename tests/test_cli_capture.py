@@ -135,7 +135,7 @@ def test_without_transformers_it_says_what_to_install(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run_capture(folder, "Llama", tmp_path / "a") == 2
-    assert_one_line(capsys, "needs transformers: pip install 'compactattn[hf]'")
+    assert_one_line(capsys, "needs transformers, the extra `hf`: pip install '.[hf]'")
 
 
 def test_a_prompt_that_does_not_fit_in_memory_is_one_line(

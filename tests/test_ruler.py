@@ -95,7 +95,10 @@ def test_a_missing_harness_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "benchmarks.harness", raising=False)
     assert main(["ruler", "--model", "m", "--device", "cpu"]) == 2
-    assert "ruler: expected lm_eval with its RULER tasks, pip install 'compactattn[ruler]'" in capsys.readouterr().err
+    assert (
+        "ruler: expected lm_eval with its RULER tasks (extra `ruler`: pip install '.[ruler]')"
+        in capsys.readouterr().err
+    )
 
 
 def test_bytes_are_tokens(tmp_path: Path) -> None:

@@ -595,10 +595,14 @@ def test_errors_of_use_are_one_line(arguments: list[str], message: str, capsys: 
 def test_what_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["ttft"]) == 2
-    assert "expected transformers (pip install 'compactattn[hf]'), got none" in capsys.readouterr().err
     other = tmp_path / "other.json"
+    with monkeypatch.context() as bare:
+        bare.setattr("importlib.util.find_spec", lambda name: None)
+        for command in ("ttft", "fidelity"):
+            assert main([command]) == 2
+            assert "expected transformers (extra `hf`: pip install '.[hf]'), got none" in capsys.readouterr().err
+        assert main(["report", str(other)]) == 2
+        assert "expected matplotlib (extra `bench`: pip install '.[bench]'), got none" in capsys.readouterr().err
     other.write_text(json.dumps({"kind": "ttft", "schema": 9}))
     assert main(["report", str(other)]) == 2
     assert "expected a ttft result of schema 1" in capsys.readouterr().err

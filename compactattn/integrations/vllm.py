@@ -1,6 +1,6 @@
 """Run vLLM's models on compactattn (extra `vllm`, vLLM 0.31 to 0.33).
 
-    pip install 'compactattn[vllm]'
+    pip install '.[vllm]'  # in a checkout
     vllm serve MODEL --attention-backend CUSTOM --additional-config '{"compactattn": {"alpha": 0.18}}'
 
 `register` is an entry point of `vllm.general_plugins`: vLLM calls it in each of its processes. The settings are those
@@ -52,7 +52,7 @@ try:
     )
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 except ImportError as error:
-    needed = "compactattn.integrations.vllm needs vLLM 0.31 to 0.33: pip install 'compactattn[vllm]'"
+    needed = "compactattn.integrations.vllm needs vLLM 0.31 to 0.33, the extra `vllm`: pip install '.[vllm]'"
     raise ImportError(needed) from error
 
 NAME = "COMPACTATTN"

@@ -42,7 +42,7 @@ try:
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "compactattn.integrations.transformers needs transformers: pip install 'compactattn[hf]'"
+        "compactattn.integrations.transformers needs transformers, the extra `hf`: pip install '.[hf]'"
     ) from error
 
 from compactattn.integrations.transformers.attention import enable
