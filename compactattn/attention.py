@@ -94,8 +94,8 @@ def attend(
 
     Returns:
         out [T, Hq, D], or (out, lse). A query with nothing to see gets out 0 and lse -inf (its head's sink, where
-        there are sinks); rows at or beyond
-        `cu_seqlens_q[B]` are unspecified. Accumulation is in float32; float32 inputs use IEEE products.
+        there are sinks); rows at or beyond `cu_seqlens_q[B]` are unspecified. Accumulation is in float32; float32
+        inputs use IEEE products.
 
     Raises:
         ValueError: wrong shape, dtype, device or stride, tensors that require gradients, or a backend that cannot
