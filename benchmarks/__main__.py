@@ -23,15 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latency.add_argument("--preset", default="cpu", help="h200, smoke (a GPU in a minute) or cpu (default)")
     latency.add_argument("--out", type=Path, default=RESULTS, help="directory for latency-PRESET.json")
     latency.add_argument("--cases", help="comma-separated parts of case names, or shell patterns")
-    latency.add_argument("--only", help="comma-separated kinds: step, tables, prompt, scaling, layouts, host")
+    latency.add_argument("--only", help="comma-separated kinds: step, tables, prompt, scaling, layouts, decode, host")
     latency.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
-    latency.add_argument("--commit", help="what to record as the commit on a machine without git")
     latency.add_argument("--budget-seconds", type=float, help="start no new case after so long")
     latency.add_argument("--timing-seconds", type=float, help="time to spend on the timed loop of one case")
-    latency.add_argument("--device", choices=("cuda", "cpu"), help="instead of the preset's device")
     latency.add_argument("--shrink", type=int, default=1, help="divide contexts and chunks (to try the code)")
     latency.add_argument("--tracebacks", action="store_true", help="print them for whatever did not run")
-    latency.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default 1)")
+    _add_machine(latency)
     latency.add_argument("--warm", action="store_true", help="do not evict the L2 before each run")
     latency.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     latency.set_defaults(run=_latency)
@@ -52,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    """Options of every preset about where it runs."""
+    command.add_argument("--commit", help="what to record as the commit on a machine without git")
+    command.add_argument("--device", choices=("cuda", "cpu"), help="instead of the preset's device")
+    command.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default 1)")
 
 
 def _latency(parsed: argparse.Namespace) -> int:
@@ -87,13 +92,11 @@ def _add_ttft(commands: Any) -> None:
     ttft.add_argument("--out", type=Path, default=RESULTS, help="directory for ttft-PRESET.json")
     ttft.add_argument("--only", help="comma-separated parts of case names, or shell patterns")
     ttft.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
-    ttft.add_argument("--commit", help="what to record as the commit on a machine without git")
     ttft.add_argument("--budget-seconds", type=float, help="start no new case after so long")
     ttft.add_argument("--timing-seconds", type=float, help="time to spend on the timed loop of one chunk")
-    ttft.add_argument("--device", choices=("cuda", "cpu"), help="instead of the preset's device")
     ttft.add_argument("--shrink", type=int, default=1, help="divide contexts, and take small models (to try the code)")
     ttft.add_argument("--tracebacks", action="store_true", help="print them for whatever did not run")
-    ttft.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default 1)")
+    _add_machine(ttft)
     ttft.add_argument("--list", action="store_true", help="print the cases and the memory that each needs, and stop")
     ttft.set_defaults(run=_ttft)
 
@@ -128,11 +131,9 @@ def _add_fidelity(commands: Any) -> None:
     fidelity.add_argument("--contexts", help="comma-separated contexts of the preset, such as 16384,32768")
     fidelity.add_argument("--items", type=int, help="at most so many items per task")
     fidelity.add_argument("--resume", action="store_true", help="keep the cells that the result in --out already has")
-    fidelity.add_argument("--commit", help="what to record as the commit on a machine without git")
     fidelity.add_argument("--budget-seconds", type=float, help="begin no cell that would end after so long")
-    fidelity.add_argument("--device", choices=("cuda", "cpu"), help="instead of the preset's device")
     fidelity.add_argument("--tokens-at-once", type=int, help="prompt tokens of one batch")
-    fidelity.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default 1)")
+    _add_machine(fidelity)
     fidelity.add_argument("--list", action="store_true", help="print the plan and what it should take, and stop")
     fidelity.set_defaults(run=_fidelity)
 

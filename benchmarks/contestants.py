@@ -289,12 +289,13 @@ def attention(
     out: Tensor,
     counts: tuple[float, float],
     grouping: str,
+    correction: KVSummary | None = None,
 ) -> Contestant:
-    """`attend` over a given table; counts: useful FLOPs and the fewest bytes."""
+    """`attend` over a given table; counts: useful FLOPs and the fewest bytes, of the table alone."""
     return Contestant(
         name,
         "stage",
-        lambda: attend(q, kv, batch, table, out=out),
+        lambda: attend(q, kv, batch, table, correction=correction, out=out),
         exact.check,
         *counts,
         grouping,
@@ -304,29 +305,22 @@ def attention(
 
 
 def controlled(
-    name: str, case: Case, q: Tensor, kv: PagedKV, batch: PrefillBatch, grouping: Grouping, table: BlockTable
+    name: str,
+    case: Case,
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    grouping: Grouping,
+    table: BlockTable,
+    correction: KVSummary | None = None,
 ) -> Contestant:
-    """`attend` over a controlled table, with a reference of its own."""
+    """`attend` over a controlled table, with a reference of its own; `correction`: with the mean correction."""
     rows = gate.sample_rows(batch)
-    exact = gate.reference_rows(q, kv, batch, rows, gate.table_tokens(table, q, kv, batch, rows))
+    means = None if correction is None else gate.left_out_means(table, q, kv, batch, rows)
+    exact = gate.reference_rows(q, kv, batch, rows, gate.table_tokens(table, q, kv, batch, rows), means=means)
     flops = cases.table_flops(table, batch, case.shape)
     least = cases.table_bytes(table, batch, case.shape, q.element_size())
-    return attention(name, q, kv, batch, table, exact, torch.empty_like(q), (flops, least), str(grouping))
-
-
-def corrected(
-    name: str, case: Case, step: Step, summary: KVSummary, grouping: Grouping, table: BlockTable
-) -> Contestant:
-    """`attend` with the mean correction over a controlled table; its FLOPs and bytes are those of the table alone."""
-    q, kv, batch = step.q, step.kv, step.batch
-    rows, out = gate.sample_rows(batch), torch.empty_like(q)
-    given = gate.table_tokens(table, q, kv, batch, rows), None, gate.left_out_means(table, q, kv, batch, rows)
-    exact = gate.reference_rows(q, kv, batch, rows, *given)
-    flops = cases.table_flops(table, batch, case.shape)
-    least = cases.table_bytes(table, batch, case.shape, q.element_size())
-    run = functools.partial(attend, q, kv, batch, table, correction=summary, out=out)
-    spoil = functools.partial(out.fill_, math.nan)
-    return Contestant(name, "stage", run, exact.check, flops, least, str(grouping), spoil)
+    return attention(name, q, kv, batch, table, exact, torch.empty_like(q), (flops, least), str(grouping), correction)
 
 
 def tables_field(case: Case, step: Step) -> Field:
@@ -341,11 +335,11 @@ def tables_field(case: Case, step: Step) -> Field:
     for grouping in groupings_of(case, fixed=True):
         for lengths in LENGTHS:
             table = controlled_table(step.batch, case.shape.q_heads, grouping, lengths)
-            name = f"attend {grouping}, {lengths.name}"
-            lineup.contestants.append(controlled(name, case, step.q, step.kv, step.batch, grouping, table))
+            over = (case, step.q, step.kv, step.batch, grouping, table)
+            lineup.contestants.append(controlled(f"attend {grouping}, {lengths.name}", *over))
             if lengths in CORRECTED:
                 name = f"corrected attend {grouping}, {lengths.density:g} of the past"
-                lineup.contestants.append(corrected(name, case, step, means, grouping, table))
+                lineup.contestants.append(controlled(name, *over, means))
     return lineup
 
 

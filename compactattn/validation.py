@@ -325,22 +325,20 @@ def check_out(out: torch.Tensor | None, q: torch.Tensor, name: str = "q", kv: Pa
         raise fail("out", f"memory apart from {name}'s", "an overlap")
     if kv is not None:
         for part, cache in (("k", kv.k), ("v", kv.v)):
-            if _same_allocation(out, cache) and _within(out, cache):
+            if _stretches_meet(out, cache):
                 raise fail("out", f"memory apart from {part}'s", "an overlap")
 
 
-def _same_allocation(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _extent(t: torch.Tensor) -> int:
+    """Elements of memory from the first one of a tensor to its last."""
+    return sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
 
 
-def _within(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Do the stretches of memory from the first to the last element of two tensors meet?"""
+def _stretches_meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Does some memory lie between the first and the last element of both tensors?"""
     if not a.numel() or not b.numel() or not a.data_ptr():
         return False
-    ends = [
-        t.data_ptr() + (sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True)) + 1) * t.element_size()
-        for t in (a, b)
-    ]
+    ends = [t.data_ptr() + (_extent(t) + 1) * t.element_size() for t in (a, b)]
     return a.data_ptr() < ends[1] and b.data_ptr() < ends[0]
 
 
@@ -349,8 +347,7 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not a.numel() or not a.data_ptr():
         return False
     distance = (b.data_ptr() - a.data_ptr()) // a.element_size()
-    extents = [sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True)) for t in (a, b)]
-    if distance > extents[0] or -distance > extents[1]:
+    if distance > _extent(a) or -distance > _extent(b):
         return False
     if a.stride() != b.stride():
         return True

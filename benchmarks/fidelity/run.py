@@ -359,8 +359,8 @@ def measured_cell(stage: Stage, row: Row, chosen: Preset, methods: Methods, item
 
     `device_lost` says that the GPU's context did not survive it.
     """
-    shape = {name: its for name, its in asdict(stage).items() if name != "priority"}
-    cell: dict[str, Any] = {"row": row.name, **shape, "status": "ok"}
+    where = {name: its for name, its in asdict(stage).items() if name != "priority"}
+    cell: dict[str, Any] = {"row": row.name, **where, "status": "ok"}
     examples, heldout = items.examples(stage), items.source.streams["test"]
     try:
         cell["scores"] = {
