@@ -38,6 +38,7 @@ QUICK = Settings(
     milestone_seconds=1e9,
     final_items=1,
     workers=0,
+    compiled=False,
 )
 
 

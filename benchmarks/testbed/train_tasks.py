@@ -17,8 +17,8 @@ another machine: that needs `out/stdlib.zip` and `out/weights/state`, which git 
 What the model sees is `mixture.Batches`: source text, tasks, and texts with many questions; of the latter two, answers
 alone are learnt. Context length and learning rate follow the elapsed share of the total (`schedule.CONTEXT_PHASES`:
 half of the time at 4K and 8K, then up to 32K), whatever the legs; every fourth step is a quarter as long. Batches are
-made by worker processes and depend on the step alone. torch.compile is not used: each of the nine shapes would be
-compiled anew.
+made by worker processes and depend on the step alone. The layers are compiled, one graph for all of them and for each
+of the seven shapes; what is evaluated is not.
 
 A checkpoint keeps weights as bfloat16 and Adam's moments as float8, and saving rounds the running state alike, so a
 resumed run and one that went on after saving take the same steps. The moments are averages over some 20 steps; what
@@ -33,7 +33,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
@@ -67,6 +69,26 @@ from benchmarks.testbed.train import (
 HELDOUT_CONTEXT = 8192  # as the first training measured it
 EVALUATED_LENGTHS = (4096, 8192, 16384, 32768)
 INTERIM_ITEMS = 16
+MOST_SHAPES = 64  # compiled forms of a layer: seven shapes of batches, and a few more for short runs
+_KERNELS = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION],
+}
+
+
+@contextmanager
+def fast(model: LlamaForCausalLM, settings: Settings) -> Iterator[None]:
+    """Inside, the model's attention and layers run as the settings say; it is to be called with batches alone."""
+    layers = list(model.model.layers) if settings.compiled else []
+    kernels = [*_KERNELS[settings.attention], SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES), sdpa_kernel(kernels, set_priority=True):
+        for layer in layers:
+            layer.compile(dynamic=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None
 
 
 def train_step(
@@ -147,6 +169,12 @@ class Run:
 
     def train(self) -> bool:
         """Step until the leg or the whole budget is used, or `stop` was called; whether the budget is used."""
+        with fast(self.model, self.settings):
+            self._steps()
+        self.save()
+        return self.is_over
+
+    def _steps(self) -> None:
         settings, progress, clock = self.settings, self.progress, self.clock
         started, first_step = clock() - progress.seconds, progress.step
         next_milestone = progress.seconds + settings.milestone_seconds
@@ -177,8 +205,6 @@ class Run:
         stream.close()
         if pending:
             self._log(pending, context, rate)
-        self.save()
-        return self.is_over
 
     def stop(self, *_: object) -> None:
         """End the leg after the present step; a signal handler."""
@@ -279,9 +305,10 @@ class Run:
 
     def _milestone(self, context: int) -> None:
         self.save()
+        model = load_model(self.out, self.device)  # as written, and not compiled
         heldout = min(HELDOUT_CONTEXT, self.settings.context)
-        report = heldout_report(self.model, self.source.streams["test"], heldout, INTERIM_WINDOWS, self._rows(heldout))
-        tasks = self._tasks(self.model, (context,), INTERIM_ITEMS)[str(context)]
+        report = heldout_report(model, self.source.streams["test"], heldout, INTERIM_WINDOWS, self._rows(heldout))
+        tasks = self._tasks(model, (context,), INTERIM_ITEMS)[str(context)]
         means = {task: its["mean"] for task, its in tasks.items()}
         step = self.progress.step
         self.progress.heldout_curve.append({"step": step, "bits_per_byte": report.bits_per_byte})
@@ -324,8 +351,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (default: %(default)s)")
     for setting in fields(Settings):
-        kind = int if setting.name in ("max_steps", "leg_steps") else type(setting.default)
-        parser.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, default=setting.default)
+        name, default = f"--{setting.name.replace('_', '-')}", setting.default
+        if isinstance(default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default)
+        else:
+            kind = int if setting.name in ("max_steps", "leg_steps") else type(default)
+            parser.add_argument(name, type=kind, default=default)
     return parser.parse_args(arguments)
 
 
