@@ -1,5 +1,6 @@
 """`python -m benchmarks latency`, `ttft`, `fidelity` and `ruler` measure; `python -m benchmarks report RESULT.json`
-turns a result into words; `python -m benchmarks sources` prints the hash that ties a result to its sources."""
+turns a result into words; `python -m benchmarks join` makes one result of those of the shares of a fidelity plan;
+`python -m benchmarks sources` prints the hash that ties a result to its sources."""
 
 from __future__ import annotations
 
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_ttft(commands)
     _add_fidelity(commands)
     _add_ruler(commands)
+    join = commands.add_parser("join", help="one result of those that `fidelity` left of the shares of a plan")
+    join.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="two or more, of one preset")
+    join.add_argument("--out", type=Path, required=True, help="directory for fidelity-PRESET.json")
+    join.set_defaults(run=_join)
     report = commands.add_parser("report", help="Markdown tables and figures from a result alone")
     report.add_argument("result", type=Path, help="a JSON file that `latency`, `ttft`, `fidelity` or `ruler` wrote")
     report.add_argument("--out", type=Path, help="directory for the .md and .png files (default: beside the result)")
@@ -129,6 +134,7 @@ def _add_fidelity(commands: Any) -> None:
     fidelity.add_argument("--corpus", type=Path, help="the model's, packed; default: the running Python's library")
     fidelity.add_argument("--only", help="comma-separated parts of row names, or shell patterns")
     fidelity.add_argument("--contexts", help="comma-separated contexts of the preset, such as 16384,32768")
+    fidelity.add_argument("--share", help="I/N, such as 1/2: only every N-th cell from the I-th; `join` joins results")
     fidelity.add_argument("--items", type=int, help="at most so many items per task")
     fidelity.add_argument("--resume", action="store_true", help="keep the cells that the result in --out already has")
     fidelity.add_argument("--budget-seconds", type=float, help="begin no cell that would end after so long")
@@ -142,8 +148,9 @@ def _fidelity(parsed: argparse.Namespace) -> int:
     _check_installed("fidelity", "transformers", "hf")
     from benchmarks.fidelity import run
 
-    names = ("preset", "out", "gate", "corpus", "only", "contexts", "items", "resume", "commit", "budget_seconds")
-    given = {name: getattr(parsed, name) for name in (*names, "device", "tokens_at_once", "threads")}
+    names = ("preset", "out", "gate", "corpus", "only", "contexts", "share", "items", "resume", "commit")
+    names = (*names, "budget_seconds", "device", "tokens_at_once", "threads")
+    given = {name: getattr(parsed, name) for name in names}
     if parsed.weights is not None:
         given["weights"] = parsed.weights
     options = run.Options(**given)
@@ -188,6 +195,14 @@ def _ruler(parsed: argparse.Namespace) -> int:
 def _check_installed(command: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{command}: expected {package} (extra `{extra}`: pip install '.[{extra}]'), got none")
+
+
+def _join(parsed: argparse.Namespace) -> int:
+    from benchmarks.fidelity.join import join
+
+    path = join(parsed.results, parsed.out)
+    print(f"{path}\nreport: python -m benchmarks report {path}")
+    return 0
 
 
 def _report(parsed: argparse.Namespace) -> int:

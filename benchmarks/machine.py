@@ -30,7 +30,7 @@ TTFT_SOURCES = (*LATENCY_SOURCES, "benchmarks/ttft/*.py")
 FIDELITY_SOURCES = (
     "compactattn/**/*.py",
     "!compactattn/cli/**/*.py",
-    *(f"benchmarks/fidelity/{name}.py" for name in ("answering", "methods", "probing", "run")),
+    *(f"benchmarks/fidelity/{name}.py" for name in ("answering", "items", "methods", "probing", "run")),
     *(f"benchmarks/testbed/{name}.py" for name in ("answers", "corpus", "evaluate", "model", "tasks")),
 )
 SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")

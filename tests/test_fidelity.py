@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from benchmarks import machine
 from benchmarks.__main__ import main
-from benchmarks.fidelity import answering, figure, findings, plans, probing, report, run
+from benchmarks.fidelity import answering, figure, findings, items, join, plans, probing, report, run
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA, Preset, Row, Stage
 from benchmarks.testbed import corpus as corpora
@@ -421,7 +421,7 @@ def test_a_run_leaves_every_cell_once(result: Path) -> None:
 
 def test_probes_take_text_and_tasks_in_turn(source: TaskSource) -> None:
     stage = Stage(512, 128, 0, 3, 0, probes=10)
-    windows = run.Items(source).probes(stage)
+    windows = items.Items(source).probes(stage)
     assert {kind: len(its) for kind, its in windows.items()} == {
         plans.TEXT: 2,
         **dict.fromkeys(TASKS, 1),
@@ -432,7 +432,7 @@ def test_probes_take_text_and_tasks_in_turn(source: TaskSource) -> None:
         assert {len(window) for window in its} == {512}
     for n in range(2):
         assert np.array_equal(windows["niah_single"][n], source.example("niah_single", "test", 512, n).window)
-    alike = run.Items(source).probes(replace(stage, probes=16))
+    alike = items.Items(source).probes(replace(stage, probes=16))
     assert {kind: len(its) for kind, its in alike.items()} == dict.fromkeys((plans.TEXT, *TASKS), 2)
 
 
@@ -491,10 +491,10 @@ def resumed(
         shape = {name: getattr(stage, name) for name in ("context", "chunk", "first", "last", "windows", "probes")}
         return {"row": row.name, **shape, "status": "ok", "scores": scores}
 
-    def resume(plan: Preset = TINY, gate: Path | None = None, only: str | None = None) -> tuple[list[str], Any]:
+    def resume(plan: Preset = TINY, gate: Path | None = None, **others: Any) -> tuple[list[str], Any]:
         asked.clear()
         monkeypatch.setattr(run, "preset", lambda name: plan)
-        options = run.Options("cpu", tmp_path, place / "model", gate, place / "corpus.zip", only, resume=True)
+        options = run.Options("cpu", tmp_path, place / "model", gate, place / "corpus.zip", resume=True, **others)
         assert run.run(options) == 0
         return list(asked), json.loads(path.read_text())
 
@@ -546,6 +546,216 @@ def test_new_gates_measure_their_own_rows_again_and_no_others(resumed: Any, plac
     assert asked == [gated]
     assert found["model"]["gate"] != without["model"]["gate"]
     assert [cell["gate"] for cell in found["cells"] if "gate" in cell] == [found["model"]["gate"]]
+
+
+# ---- shares, and what joins them ----
+
+
+@pytest.mark.parametrize("options", [{}, {"only": "FlashPrefill,dense", "items": 200}, {"contexts": "4096"}], ids=str)
+def test_shares_are_every_nth_cell_and_leave_none_out(options: dict[str, Any]) -> None:
+    whole = list(run.plan(run.Options("h200", Path(), **options)).cells())
+    for count in (1, 2, 3, 7, len(whole)):
+        for number in range(1, count + 1):
+            share = run.plan(run.Options("h200", Path(), share=f"{number}/{count}", **options))
+            assert list(share.cells()) == whole[number - 1 :: count]
+
+
+def test_shares_that_there_are_not_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for share in ("0/2", "3/2", "1/0", "2", "1/2/3", "-1/2", "a/b", "1/ 2", ""):
+        assert main(["fidelity", "--list", f"--share={share}"]) == 2
+        assert f"--share: expected I/N with I from 1 to N, such as 1/2, got {share!r}" in capsys.readouterr().err
+    cells = len(list(plans.preset("cpu").cells()))
+    assert main(["fidelity", "--list", f"--share={cells}/99"]) == 0
+    assert main(["fidelity", "--list", f"--share={cells + 1}/99"]) == 2
+    assert f"--share: expected one of at most {cells} shares" in capsys.readouterr().err
+
+
+def test_the_list_is_that_of_the_share(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row.name for row in plans.preset("cpu").rows]
+    for number in (1, 2):
+        assert main(["fidelity", "--list", "--share", f"{number}/2"]) == 0
+        listed, sums = capsys.readouterr().out.split("\n\n")
+        mine = rows[number - 1 :: 2]
+        assert [line.split("  ")[1] for line in listed.splitlines()] == mine
+        assert f" {len(mine)} rows" in sums
+
+
+def test_shares_that_are_joined_are_the_whole_plan(
+    result: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cell by cell, and in the words of the report; the second share is stopped and goes on with its own cells."""
+    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    monkeypatch.setattr(answering, "decode", lambda model, logits, cache, count: decode(model, logits, cache, 1))
+    options = run.Options("cpu", tmp_path / "1", weights=place / "model", corpus=place / "corpus.zip", share="1/2")
+    second = replace(options, share="2/2", out=tmp_path / "2")
+    assert run.run(options) == 0
+    assert run.run(replace(second, budget_seconds=0.0)) == 0
+    assert run.run(replace(second, resume=True)) == 0
+    paths = [tmp_path / name / "fidelity-cpu.json" for name in "12"]
+    planned = list(TINY.cells())
+    for n, path in enumerate(paths):
+        mine = [(cell["row"], cell["first"]) for cell in findings.load(path)["cells"]]
+        assert mine == [(row.name, stage.first) for stage, row in planned[n::2] if row is not GATED]
+    assert main(["join", *map(str, paths), "--out", str(tmp_path / "both")]) == 0
+    joined = tmp_path / "both" / "fidelity-cpu.json"
+    assert str(joined) in capsys.readouterr().out
+    assert list(joined.parent.iterdir()) == [joined]
+    whole, both = findings.load(result), findings.load(joined)
+    measured = [{join.place(cell): cell | dict.fromkeys(OF_A_RUN) for cell in one["cells"]} for one in (whole, both)]
+    assert measured[0] == measured[1]
+    assert len(both["cells"]) == len(whole["cells"])
+    assert [cell["run"] for cell in both["cells"]] == [0] * 3 + [2] * 4
+    assert len(both["runs"]) == 3
+    assert {name: both[name] for name in ALIKE} == {name: whole[name] for name in ALIKE}
+    assert report.markdown(both, []) == report.markdown(whole, [])
+    assert main(["report", str(joined)]) == 0
+
+
+OF_A_RUN = ("run", "seconds", "planned", "warms_up")
+ALIKE = ("kind", "schema", "preset", "protocol", "model", "corpus", "rows", "hidden", "absent")
+
+
+def halves(result: Path, out: Path, change: Callable[[Any], None] = lambda other: None) -> list[Path]:
+    """A result's cells in turn in two results, the second of them changed."""
+    paths = [out / name for name in ("a.json", "b.json")]
+    for n, path in enumerate(paths):
+        half = json.loads(result.read_text())
+        half["cells"] = half["cells"][n::2]
+        if n:
+            change(half)
+        path.write_text(json.dumps(half))
+    return paths
+
+
+def cell_of(result: Path, n: int) -> Any:
+    return json.loads(result.read_text())["cells"][n]
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    name: (
+        lambda other, name=name: other | {name: "x"},
+        f"expected a result of {name} '.*', got .*b.json of {name} 'x'",
+    )
+    for name in ("preset", "corpus")
+}
+REFUSED |= {
+    name: (lambda other, name=name: other["runs"][-1]["environment"].update({name: "x"}), f"of {name} .* of {name} 'x'")
+    for name in ("sources", "gpu", "torch")
+}
+REFUSED |= {
+    name: (lambda other, name=name: other["model"].update({name: "x"}), f"of {name} '.*', got .* of {name} 'x'")
+    for name in ("weights", "dtype")
+}
+REFUSED |= {
+    "kind": (lambda other: other | {"kind": "ttft"}, "b.json: expected a fidelity result of schema 1"),
+    "schema": (lambda other: other | {"schema": 2}, "b.json: expected a fidelity result of schema 1"),
+    "row": (
+        lambda other: other["rows"][UNSHARED.name]["settings"].update(alpha=0.7),
+        r"expected 'FlashPrefill.*0\.8'? to be .*0\.8.*, got .*b.json with .*0\.7",
+    ),
+    "run": (lambda other: other["cells"][1].pop("run"), r"b.json: expected cells\[1\] to have run, got none"),
+    "gate": (lambda other: other["model"].pop("gate"), "b.json: expected the model to have gate, got none"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_results_of_other_conditions_are_not_joined(
+    result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    change, message = REFUSED[what]
+
+    def changed(other: Any) -> None:
+        other.update(change(other) if what in ("preset", "corpus", "kind", "schema") else {"then": change(other)})
+
+    paths = halves(result, tmp_path, changed)
+    with pytest.raises(ValueError, match=message):
+        join.join(paths, tmp_path / "both")
+    assert main(["join", *map(str, paths), "--out", str(tmp_path / "both")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "both").exists()
+
+
+def test_what_is_measured_twice_or_alone_is_not_joined(result: Path, tmp_path: Path) -> None:
+    first = cell_of(result, 0)
+    for change in ({}, {"probes": 8}):
+        paths = halves(result, tmp_path, lambda other, change=change: other["cells"].append(first | change))
+        again = rf"expected each cell to be measured once, got {DENSE} at 512/128 items 0-2 again in .*b\.json"
+        with pytest.raises(ValueError, match=again):
+            join.join(paths, tmp_path)
+    with pytest.raises(ValueError, match="join: expected two results or more, got 1"):
+        join.join(paths[:1], tmp_path)
+    with pytest.raises(FileNotFoundError, match="got no file"):
+        join.join([*paths[:1], tmp_path / "absent.json"], tmp_path)
+
+
+def test_a_cell_that_failed_gives_way_to_one_that_did_not(result: Path, tmp_path: Path) -> None:
+    good = [cell_of(result, n) for n in (0, 1)]
+    bad = [{**cell, "status": "failed", "reason": "one"} for cell in good]
+    halved = halves(result, tmp_path, lambda other: other["cells"].append(bad[0]))
+    for paths in (halved, halved[::-1]):
+        found = json.loads(join.join(paths, tmp_path / "both").read_text())["cells"]
+        assert [cell["status"] for cell in found] == ["ok"] * 7
+    for path, reason in zip(halved, "ab", strict=True):
+        its = json.loads(path.read_text())
+        its["cells"] = [bad[1] | {"reason": reason}]
+        path.write_text(json.dumps(its))
+    (cell,) = json.loads(join.join(halved, tmp_path / "both").read_text())["cells"]
+    assert (cell["reason"], cell["run"]) == ("a", good[1]["run"])
+
+
+def test_gates_and_rows_that_one_result_has_are_the_joined_ones(result: Path, tmp_path: Path) -> None:
+    more = {**cell_of(result, 0), "row": GATED.name, "gate": "g"}
+
+    def gated(other: Any, gate: str = "g") -> None:
+        other["model"]["gate"] = gate
+        other["absent"] = {"another": "why"}
+        other["rows"]["another"] = LIBRARY_DENSE.as_json()
+        other["hidden"]["512/128"] = {"0-2": {"other task": "00"}, "7-8": {}}
+        other["cells"].append(more)
+
+    paths = halves(result, tmp_path, gated)
+    for its in (paths, paths[::-1]):
+        found = findings.load(join.join(its, tmp_path / "both"))
+        assert found["model"]["gate"] == "g"
+        assert found["absent"] == {"another": "why"}
+        assert found["rows"].keys() == {row.name for row in TINY.rows} | {"another"}
+        assert found["hidden"]["512/128"].keys() == {"0-2", "2-3", "7-8"}
+        assert found["hidden"]["512/128"]["0-2"].keys() == {*NEEDLE_TASKS, "other task"}
+    halves(result, tmp_path, lambda other: gated(other, "h"))
+    joined = join.join(paths, tmp_path / "both")
+    third = halves(result, tmp_path, gated)[1]
+    with pytest.raises(ValueError, match=r"join: expected a result of gates 'h', got .* of gates 'g'"):
+        join.join([joined, third], tmp_path)
+
+
+def test_what_no_last_run_has_reached_is_left(result: Path, tmp_path: Path) -> None:
+    def stopped(other: Any) -> None:
+        other["runs"][-1]["not_run"] = ["a row at 512/128 items 0-2", f"{DENSE} at 512/128 items 0-2"]
+
+    for paths in (halves(result, tmp_path, stopped), halves(result, tmp_path, stopped)[::-1]):
+        joined = findings.load(join.join(paths, tmp_path / "both"))
+        assert joined["runs"][-1]["not_run"] == ["a row at 512/128 items 0-2"]
+        assert "1 cells were not reached by the last run, a row at" in report.markdown(joined, [])
+
+
+@pytest.mark.parametrize("share", [None, "1/2", "2/2"])
+def test_a_joined_result_is_resumed(resumed: Any, result: Path, tmp_path: Path, share: str | None) -> None:
+    """A share depends on the plan alone: it measures those of its cells that are missing, whatever is there."""
+    lost = [cell_of(result, 2), cell_of(result, 4)]  # the plan's third cell, and its sixth: the gated row has none
+    paths = halves(result, tmp_path)
+    join.join(paths, tmp_path)
+    joined = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    joined["cells"] = [cell for cell in joined["cells"] if join.place(cell) not in map(join.place, lost)]
+    assert len(joined["cells"]) == 5
+    (tmp_path / "fidelity-cpu.json").write_text(json.dumps(joined))
+    missing = {f"{cell['row']} at 512/128 items {cell['first']}-{cell['last']}" for cell in lost}
+    number, count = map(int, (share or "1/1").split("/"))
+    mine = [f"{row.name} at {stage}" for stage, row in TINY.cells()][number - 1 :: count]
+    asked, found = resumed(share=share)
+    assert asked == [name for name in mine if name in missing]
+    assert len(asked) == (1 if share else 2)
+    assert [cell["run"] for cell in found["cells"][5:]] == [4] * len(asked)
+    assert resumed(share=share)[0] == []
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, row: Row, error: Exception) -> None:
@@ -663,8 +873,8 @@ def test_sources_are_what_decides_the_numbers(tmp_path: Path) -> None:
         "compactattn/_triton/union.py": True,
         "compactattn/quality.py": True,
         "compactattn/cli/demo.py": False,
-        **{f"benchmarks/fidelity/{name}.py": True for name in ("answering", "methods", "probing", "run")},
-        **{f"benchmarks/fidelity/{name}.py": False for name in ("findings", "figure", "plans", "report")},
+        **{f"benchmarks/fidelity/{name}.py": True for name in ("answering", "items", "methods", "probing", "run")},
+        **{f"benchmarks/fidelity/{name}.py": False for name in ("findings", "figure", "join", "plans", "report")},
         **{f"benchmarks/testbed/{name}.py": True for name in ("answers", "corpus", "evaluate", "model", "tasks")},
         **{f"benchmarks/testbed/{name}.py": False for name in ("train_gate", "intervals")},
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from dataclasses import dataclass, field, fields, replace
+from itertools import islice, pairwise
 from typing import Any
 
 from benchmarks.testbed.tasks import SHORTEST
@@ -133,6 +134,7 @@ class Preset:
         rows: in the order in which each stage takes them.
         budget_seconds: no new cell begins that is not expected to end in this time.
         tokens_at_once: prompt tokens of one batch.
+        share: (I, N) for every N-th cell, beginning with the I-th (from 1): N presets that differ in I are a plan.
     """
 
     device: str
@@ -140,12 +142,29 @@ class Preset:
     rows: tuple[Row, ...]
     budget_seconds: float
     tokens_at_once: int
+    share: tuple[int, int] = (1, 1)
 
     def cells(self) -> Iterator[tuple[Stage, Row]]:
-        for stage in self.stages:
-            for row in self.rows:
-                if row.priority <= stage.priority:
-                    yield stage, row
+        """What is measured, in this order."""
+        every = ((stage, row) for stage in self.stages for row in self.rows if row.priority <= stage.priority)
+        number, of = self.share
+        return islice(every, number - 1, None, of)
+
+
+def shared(whole: Preset, share: str) -> Preset:
+    """The share "I/N" of a plan.
+
+    Raises:
+        ValueError: not of that form, or no cell is left for it.
+    """
+    found = re.fullmatch("([0-9]+)/([0-9]+)", share)
+    number, of = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= of:
+        raise ValueError(f"--share: expected I/N with I from 1 to N, such as 1/2, got {share!r}")
+    cells = sum(1 for _ in whole.cells())
+    if number > cells:
+        raise ValueError(f"--share: expected one of at most {cells} shares of as many cells, got {share!r}")
+    return replace(whole, share=(number, of))
 
 
 def preset(name: str) -> Preset:

@@ -13,6 +13,11 @@ A cell is one row over one stage's context, chunk and items. The JSON is rewritt
 the cells that it has, those of SeerAttention while the gates are the same. No cell begins that is not expected to end
 within `--budget-seconds`. A cell that fails is a record with its reason, and `--resume` tries it again, after all
 others; an error that leaves the GPU unusable ends the run.
+
+Several GPUs or machines share a plan, each with a result of its own, which become one:
+
+    CUDA_VISIBLE_DEVICES=0 python3 -m benchmarks fidelity ... --share 1/2 --out out/1    # beside --share 2/2 on GPU 1
+    python3 -m benchmarks join out/1/fidelity-h200.json out/2/fidelity-h200.json --out benchmarks/results
 """
 
 from __future__ import annotations
@@ -20,14 +25,12 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import multiprocessing
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -35,26 +38,26 @@ import torch
 
 from benchmarks.baselines import reason
 from benchmarks.fidelity import answering
+from benchmarks.fidelity.items import Items
+from benchmarks.fidelity.join import check_alike, check_rows, joined_model, place
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import (
     DENSE,
     NEEDLE_TASKS,
-    TEXT,
     Preset,
     Row,
     Stage,
-    definition_of,
     planned_seconds,
     preset,
+    shared,
 )
 from benchmarks.fidelity.probing import probe
 from benchmarks.latency import torch_threads, write_json
 from benchmarks.machine import FIDELITY_SOURCES, environment
 from benchmarks.testbed import corpus as corpora
-from benchmarks.testbed.evaluate import heldout_windows
 from benchmarks.testbed.intervals import METHODS as INTERVALS
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model
-from benchmarks.testbed.tasks import ANSWER_WORDS, TASKS, Example, TaskSource
+from benchmarks.testbed.tasks import ANSWER_WORDS, TaskSource
 from benchmarks.testbed.train import check_corpus, read_record
 from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
 
@@ -88,6 +91,8 @@ class Options:
         corpus: packed corpus, None for the running Python's library; refused if the model's record names another.
         only: comma-separated parts of row names, or shell patterns; None runs all.
         contexts: comma-separated; None runs all of the preset's.
+        share: "I/N": of the cells that the other options leave of the plan every N-th, beginning with the I-th (from
+            1), whatever a result already has; None runs all. Every share has an `out` of its own.
         resume: keep the cells that the result in `out` already has from the same sources, weights and corpus; those
             whose row reads gates only if they are of these gates.
         commit: what to write down as the commit where there is no git.
@@ -102,6 +107,7 @@ class Options:
     corpus: Path | None = None
     only: str | None = None
     contexts: str | None = None
+    share: str | None = None
     resume: bool = False
     commit: str | None = None
     budget_seconds: float | None = None
@@ -137,13 +143,15 @@ def plan(options: Options) -> Preset:
     changes = {"device": options.device, "budget_seconds": options.budget_seconds}
     changes |= {"tokens_at_once": options.tokens_at_once}
     given = {name: value for name, value in changes.items() if value is not None}
-    return replace(chosen, rows=rows, stages=stages, **given)  # type: ignore[arg-type]
+    left = replace(chosen, rows=rows, stages=stages, **given)  # type: ignore[arg-type]
+    return left if options.share is None else shared(left, options.share)
 
 
 def listed(options: Options) -> str:
     """The plan, row by row, and what it is planned to take; nothing runs."""
     chosen = plan(options)
-    rows = [f"{row.priority}  {row.name}" for row in chosen.rows]
+    there = {row.name for _, row in chosen.cells()}
+    rows = [f"{row.priority}  {row.name}" for row in chosen.rows if row.name in there]
     result: dict[str, Any] = {"cells": [], "absent": {}}
     return "\n".join([*rows, "", estimate(list(chosen.cells()), chosen, result)])
 
@@ -181,22 +189,21 @@ def in_bfloat16(model: torch.nn.Module) -> None:
 def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSource, path: Path) -> dict[str, Any]:
     """The result to add to: a new one, or the one in `path` when resuming."""
     here = environment(chosen.device, options.commit, FIDELITY_SOURCES)
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    current = {"started": started, "environment": here, "seconds": 0.0, "not_run": []}
     result: dict[str, Any] = {"kind": KIND, "schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL}
     result["model"] = _model_record(options.weights, methods)
-    result |= {"corpus": _text_digest(source), "rows": {}, "hidden": {}, "absent": {}, "runs": [], "cells": []}
+    result |= {"corpus": _text_digest(source), "rows": {}, "hidden": {}, "absent": {}, "runs": [current], "cells": []}
     if options.resume and path.exists():
         before = json.loads(path.read_text())
         if before.get("kind") != KIND or before.get("schema") != SCHEMA:
             raise ValueError(f"--resume: expected a fidelity result of schema {SCHEMA}, got another in {path}")
-        where = before["runs"][-1]["environment"]
-        pairs = [(name, where.get(name), here[name]) for name in ("sources", "gpu", "torch")]
-        pairs += [(name, before["model"].get(name), result["model"][name]) for name in ("weights", "dtype")]
-        pairs.append(("corpus", before["corpus"], result["corpus"]))
-        for name, theirs, ours in pairs:
-            if theirs != ours:
-                raise ValueError(f"--resume: expected a result of {name} {ours!r}, got {path} of {name} {theirs!r}")
-        _check_rows(chosen.rows, before, path)
-        result = before | {"protocol": PROTOCOL, "model": _joined(before["model"], result["model"])}
+        check_alike("--resume", result, before, path)
+        measured = {cell["row"] for cell in before["cells"] if cell["status"] == "ok"}
+        rows = json.loads(json.dumps({row.name: row.as_json() for row in chosen.rows}))
+        check_rows("--resume", rows, {name: before["rows"][name] for name in measured & rows.keys()}, path)
+        result = before | {"protocol": PROTOCOL, "model": joined_model(before["model"], result["model"])}
+        result["runs"] = [*before["runs"], current]
         result["cells"] = _kept(before["cells"], result["model"]["gate"])
     result["rows"] |= {row.name: row.as_json() for row in chosen.rows}
     measured = {cell["row"] for cell in result["cells"] if cell["status"] == "ok"}
@@ -205,24 +212,8 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
         result["absent"].pop(row.name, None)
         if why is not None and row.name not in measured:
             result["absent"][row.name] = why
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    result["runs"].append({"started": started, "environment": here, "seconds": 0.0, "not_run": []})
     options.out.mkdir(parents=True, exist_ok=True)
     return result
-
-
-def _check_rows(rows: Sequence[Row], before: dict[str, Any], path: Path) -> None:
-    """Refuse a result with cells of a row that has the name of one of these and is another."""
-    measured = {cell["row"] for cell in before["cells"] if cell["status"] == "ok"}
-    for row in rows:
-        theirs, ours = before["rows"].get(row.name), json.loads(json.dumps(row.definition()))
-        if row.name in measured and definition_of(theirs) != ours:
-            raise ValueError(f"--resume: expected {row.name!r} to be {ours}, got {path} with {definition_of(theirs)}")
-
-
-def _joined(before: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """The record of the model that is here; where no gates are, the result's stay those of its cells."""
-    return here if here["gate"] is not None else here | {"gate": before["gate"]}
 
 
 def _kept(cells: Sequence[dict[str, Any]], gate: str | None) -> list[dict[str, Any]]:
@@ -347,10 +338,6 @@ def kernels_of(row: Row) -> tuple[object, ...]:
 
 def _put(result: dict[str, Any], cell: dict[str, Any]) -> None:
     """Add a cell in place of an earlier one over the same items, such as one with fewer probes."""
-
-    def place(one: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(one[name] for name in ("row", "context", "chunk", "first", "last"))
-
     result["cells"] = [*(other for other in result["cells"] if place(other) != place(cell)), cell]
 
 
@@ -406,76 +393,3 @@ def progress(cell: dict[str, Any]) -> str:
     if "probe" in cell and cell["probe"]["density"]["sub_group_union"] is not None:
         words += f", density {cell['probe']['density']['sub_group_union']:.3f}"
     return words
-
-
-class Items:
-    """The examples of a stage, made once for all of its rows, by other processes if there are any.
-
-    Args:
-        source: of tasks and text.
-        processes: how many make them; 0 makes them here.
-    """
-
-    def __init__(self, source: TaskSource, processes: int = 0) -> None:
-        self.source = source
-        self._pool = multiprocessing.get_context("fork").Pool(processes, _set_source, (source,)) if processes else None
-        self._held: tuple[tuple[int, int, int], dict[str, list[Example]]] | None = None
-
-    def __enter__(self) -> Items:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._pool is not None:
-            self._pool.terminate()
-
-    def examples(self, stage: Stage) -> dict[str, list[Example]]:
-        """By task."""
-        key = (stage.context, stage.first, stage.last)
-        if self._held is None or self._held[0] != key:
-            wanted = [(task, stage.context, n) for task in TASKS for n in range(stage.first, stage.last)]
-            if self._pool is None:
-                made = [self.source.example(task, "test", length, n) for task, length, n in wanted]
-            else:
-                made = self._pool.map(_make, wanted, chunksize=16)
-            count = stage.last - stage.first
-            self._held = key, {task: made[n * count : (n + 1) * count] for n, task in enumerate(TASKS)}
-        return self._held[1]
-
-    def hidden(self, stage: Stage) -> dict[str, dict[str, str]]:
-        """Per task and range of items, the number of needles that have to be selected, one digit an item."""
-        span = f"{stage.first}-{stage.last}"
-        counts = {
-            task: "".join(str(answering.hidden_needles(one, stage.chunk)) for one in its)
-            for task, its in self.examples(stage).items()
-            if task in NEEDLE_TASKS
-        }
-        return {span: counts}
-
-    def probes(self, stage: Stage) -> dict[str, list[np.ndarray]]:
-        """Windows of the stage's context by kind: held-out text and each task, which take turns until there are enough.
-
-        A kind that has run out of windows is passed over.
-        """
-        kinds = {task: [one.window for one in its] for task, its in self.examples(stage).items()}
-        rounds = -(-stage.probes // (len(kinds) + 1))
-        text = heldout_windows(self.source.streams["test"], stage.context, rounds)[:, :-1]
-        kinds = {TEXT: list(text), **kinds}
-        turns = [(kind, its[n]) for n in range(rounds) for kind, its in kinds.items() if n < len(its)][: stage.probes]
-        taken: dict[str, list[np.ndarray]] = {}
-        for kind, window in turns:
-            taken.setdefault(kind, []).append(window)
-        return taken
-
-
-_source: TaskSource | None = None  # of a worker process
-
-
-def _set_source(source: TaskSource) -> None:
-    global _source
-    _source = source
-
-
-def _make(wanted: tuple[str, int, int]) -> Example:
-    task, length, index = wanted
-    assert _source is not None
-    return _source.example(task, "test", length, index)

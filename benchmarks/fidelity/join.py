@@ -1,0 +1,132 @@
+"""`python -m benchmarks join RESULT.json RESULT.json --out DIRECTORY`: what `fidelity` measured in shares becomes one
+result, to report on or to resume; and what two results must have in common to become one, which `--resume` asks too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fidelity.findings import Record, load
+from benchmarks.fidelity.plans import Stage, definition_of
+from benchmarks.latency import write_json
+from benchmarks.records import check_fields
+
+PLACE = ("row", "context", "chunk", "first", "last")
+
+
+def join(paths: Sequence[Path], out: Path) -> Path:
+    """Write `fidelity-PRESET.json` of several results of that preset into a directory; the results stay as they are.
+
+    A cell that failed in one and was measured in another is measured. The last run is said to have left undone what
+    no last run of these results has reached.
+
+    Raises:
+        FileNotFoundError: no such result.
+        ValueError: fewer than two results, what is no result, results that differ in what `--resume` asks to be the
+            same, in their gates or in a row's definition, or a cell that two of them have measured.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"join: expected two results or more, got {len(paths)}")
+    joined, *others = map(_read, paths)
+    for other, path in zip(others, paths[1:], strict=True):
+        joined = _both(joined, other, path)
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / f"fidelity-{joined['preset']}.json"
+    write_json(target, joined)
+    return target
+
+
+def _read(path: Path) -> Record:
+    result = load(path)
+    check_fields(path, result, ("corpus",))
+    check_fields(path, result["model"], ("weights", "dtype", "gate"), "the model")
+    for n, cell in enumerate(result["cells"]):
+        check_fields(path, cell, (*PLACE, "status", "run"), f"cells[{n}]")
+    return result
+
+
+def _both(one: Record, other: Record, path: Path) -> Record:
+    """Two results in one, the other of which is in `path`."""
+    check_alike("join", one, other, path)
+    gates = one["model"].get("gate"), other["model"].get("gate")
+    if None not in gates and gates[0] != gates[1]:
+        raise ValueError(f"join: expected a result of gates {gates[0]!r}, got {path} of gates {gates[1]!r}")
+    check_rows("join", one["rows"], other["rows"], path)
+    first = len(one["runs"])
+    cells = _united(one["cells"], [cell | {"run": first + cell["run"]} for cell in other["cells"]], path)
+    measured = [cell for cell in cells if cell["status"] == "ok"]
+    names, labels = {cell["row"] for cell in measured}, set(map(_label, measured))
+    absent = one["absent"] | other["absent"]
+    left = dict.fromkeys([*one["runs"][-1]["not_run"], *other["runs"][-1]["not_run"]])
+    last = other["runs"][-1] | {"not_run": [label for label in left if label not in labels]}
+    return one | {
+        "model": joined_model(one["model"], other["model"]),
+        "rows": one["rows"] | other["rows"],
+        "hidden": _hidden(one["hidden"], other["hidden"]),
+        "absent": {name: why for name, why in absent.items() if name not in names},
+        "runs": [*one["runs"], *other["runs"][:-1], last],
+        "cells": cells,
+    }
+
+
+def check_alike(asker: str, ours: Record, theirs: Record, path: Path) -> None:
+    """Refuse a result, theirs in `path`, whose numbers do not stand beside ours; `asker` begins the message."""
+    before = _conditions(theirs)
+    for name, its in _conditions(ours).items():
+        if before[name] != its:
+            raise ValueError(f"{asker}: expected a result of {name} {its!r}, got {path} of {name} {before[name]!r}")
+
+
+def _conditions(result: Record) -> Record:
+    """What decided a result's numbers beside its rows, stages and gates."""
+    where = result["runs"][-1]["environment"]
+    found = {"preset": result.get("preset"), **{name: where.get(name) for name in ("sources", "gpu", "torch")}}
+    found |= {name: result["model"].get(name) for name in ("weights", "dtype")}
+    return found | {"corpus": result.get("corpus")}
+
+
+def check_rows(asker: str, ours: Mapping[str, Record], theirs: Mapping[str, Record], path: Path) -> None:
+    """Refuse a row of theirs, in `path`, that has the name of one of ours and is another; rows by name, as in JSON."""
+    for name, row in ours.items():
+        mine, other = definition_of(row), definition_of(theirs.get(name, row))
+        if mine != other:
+            raise ValueError(f"{asker}: expected {name!r} to be {mine}, got {path} with {other}")
+
+
+def joined_model(before: Record, here: Record) -> Record:
+    """The record of the model that is here; where no gates are, the result's stay those of its cells."""
+    return here if here["gate"] is not None else here | {"gate": before["gate"]}
+
+
+def place(cell: Record) -> tuple[Any, ...]:
+    """The row and the items of a cell, which a result has once."""
+    return tuple(cell[name] for name in PLACE)
+
+
+def _label(cell: Record) -> str:
+    """A cell as runs name those that they did not run."""
+    name, *where = place(cell)
+    return f"{name} at {Stage(*where, priority=0)}"
+
+
+def _united(ours: Sequence[Record], theirs: Sequence[Record], path: Path) -> list[Record]:
+    """Every cell once: measured rather than failed, and of two that failed ours."""
+    found = {place(cell): cell for cell in ours}
+    for cell in theirs:
+        before = found.setdefault(place(cell), cell)
+        if before is not cell and cell["status"] == "ok":
+            if before["status"] == "ok":
+                raise ValueError(f"join: expected each cell to be measured once, got {_label(cell)} again in {path}")
+            found[place(cell)] = cell
+    return list(found.values())
+
+
+def _hidden(ours: Record, theirs: Record) -> Record:
+    """Needles that have to be selected, by context and chunk, range of items, and task."""
+    both: Record = {}
+    for hidden in (ours, theirs):
+        for where, spans in hidden.items():
+            for span, counts in spans.items():
+                both.setdefault(where, {}).setdefault(span, {}).update(counts)
+    return both
