@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import host
+from benchmarks import host, report_scaling
 from benchmarks.cases import AUTO, GROUPINGS, Case
 from benchmarks.workloads import SELECTOR, Step
 from compactattn import PrefillBatch, summarize
@@ -40,3 +41,28 @@ def test_calls_of_new_lengths_leave_the_summary_of_the_step_alone(monkeypatch: p
     assert [row["name"] for row in record["rows"] if not row["gate"]["passed"]] == []
     fresh = summarize(step.kv, step.batch, block_size=SELECTOR.block_size)
     assert all(torch.equal(summary.k_mean, fresh.k_mean) for summary in seen)
+    assert 0 < record["bare_call"]["p20_ms"] <= record["bare_call"]["p50_ms"]
+
+
+def host_record(bare_ms: float | None) -> dict[str, Any]:
+    """A case whose calls take 0.25 ms, on a host where a bare call takes so much."""
+    times = {"steady host": {"p20_ms": 0.2, "p50_ms": 0.25, "p80_ms": 0.3}}
+    row = {"name": "prefill 1x1", "gate": {"passed": True}, "times": times, "memory": {"calls": 200}}
+    bare = {} if bare_ms is None else {"bare_call": {"p50_ms": bare_ms}}
+    return {"case": asdict(CASE), "status": "ok", "rows": [row], **bare}
+
+
+def test_calls_are_counted_in_bare_calls_of_their_own_host() -> None:
+    slow, fast, unknown = host_record(0.01), host_record(0.005), host_record(None)
+    head, _, *lines = report_scaling.host_section({"cases": [slow, fast, unknown]})
+    names = head.split(" | ")
+    at, ratio = names.index("bare `add_`, µs"), names.index("call ÷ `add_`")
+    found = [line.split(" | ") for line in lines]
+    assert [(cells[at], cells[ratio]) for cells in found] == [("10.0", "25.0"), ("5.000", "50.0"), ("-", "-")]
+    assert {len(cells) for cells in found} == {len(names)}
+
+
+def test_a_result_without_bare_calls_is_reported_as_before() -> None:
+    head, _, line = report_scaling.host_section({"cases": [host_record(None)]})
+    assert "add_" not in head
+    assert line.count("|") == head.count("|")
