@@ -10,6 +10,9 @@ scores go straight to tables, and no mask is ever written.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -108,9 +111,7 @@ def prefill(
         check_tensor("q", q, ndim=3)
         return _prefill(*arguments, check_features(softcap, window, sinks, q), density)
     if isinstance(q, Tensor) and q.is_cuda and has_triton():
-        from compactattn._triton import replay
-
-        return replay.prefill(_prefill, *arguments)
+        return _replay().prefill(_prefill, *arguments)
     return _prefill(*arguments)
 
 
@@ -178,8 +179,33 @@ def select_table(
         step = {"q": q, "kv": kv, "batch": batch, "selector": selector, "scale": scale, "summary": summary}
         shared = {"heads_per_group": heads_per_group, "query_blocks_per_span": query_blocks_per_span}
         return operators.call("select_table", **step, **shared, backend=backend)
+    arguments = (q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
+    if isinstance(q, Tensor) and q.is_cuda and has_triton():
+        return _replay().select_table(_select_table, *arguments)
+    return _select_table(*arguments)
+
+
+def _select_table(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    selector: Selector,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None,
+    scale: float | None,
+    summary: KVSummary | None,
+    backend: str | None,
+) -> BlockTable:
     chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
     return _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
+
+
+@functools.cache
+def _replay() -> ModuleType:
+    """The module, which needs Triton; an import statement in every call would cost the host a microsecond."""
+    from compactattn._triton import replay
+
+    return replay
 
 
 def _check_step(

@@ -334,11 +334,16 @@ def _extent(t: torch.Tensor) -> int:
     return sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
 
 
+def memory_bytes(t: torch.Tensor) -> int:
+    """Bytes of memory from the first element of a tensor to the end of its last; 0 without elements."""
+    return (_extent(t) + 1) * t.element_size() if t.numel() else 0
+
+
 def _stretches_meet(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Does some memory lie between the first and the last element of both tensors?"""
     if not a.numel() or not b.numel() or not a.data_ptr():
         return False
-    ends = [t.data_ptr() + (_extent(t) + 1) * t.element_size() for t in (a, b)]
+    ends = [t.data_ptr() + memory_bytes(t) for t in (a, b)]
     return a.data_ptr() < ends[1] and b.data_ptr() < ends[0]
 
 

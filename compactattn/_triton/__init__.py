@@ -18,11 +18,14 @@ def _probe() -> None:
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 
 
+_CURRENT = nullcontext()
+
+
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Make the tensor's CUDA device current for a launch; free when it already is."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return nullcontext()
+    return _CURRENT
 
 
 def next_power_of_2(n: int) -> int:

@@ -83,10 +83,19 @@ def launch(
         recorder.launches.append((compiled, whole, (*args, *constants.values())))
 
 
+def hooked() -> bool:
+    """Whether somebody, such as a profiler, wants to know of Triton's launches."""
+    hooks = knobs.runtime
+    return _calls(hooks.launch_enter_hook) or _calls(hooks.launch_exit_hook)
+
+
+def _calls(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
 def relaunch(compiled: Any, grid: Grid, stream: int, args: Sequence[object]) -> None:
     """Launch a compiled kernel on a stream, without asking Triton's hooks where there are none: that takes time."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    if any(hook is not None and getattr(hook, "calls", True) for hook in hooks):
+    if hooked():
         compiled[grid](*args, stream=stream)
     else:
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)

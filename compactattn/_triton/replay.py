@@ -8,137 +8,56 @@ takes steps of one kind, so this is what a serving engine's host does between tw
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.runtime import driver
 
 from compactattn._triton import INTERPRETED, on_device
-from compactattn._triton.launch import Grid, recorder, relaunch
-from compactattn.data import KVSummary, PagedKV, PrefillBatch
+from compactattn._triton.launch import recorder
+from compactattn._triton.recording import Recording
+from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.selectors import FlashPrefill, Selector
-from compactattn.validation import Auto, check_out
+from compactattn.validation import Auto, check_out, memory_bytes
 
-ALIGNMENT = 256  # bytes; of scratch tensors, as PyTorch's allocator aligns its own at least
-MOST = 512  # recordings that are kept; the least recently used goes first
+MOST = 512  # recordings that are kept; then an eighth of them goes, those that were used longest ago
 
 
 @dataclass
-class Launch:
-    """One launch; the places of `args` that hold addresses are filled in anew each time.
+class _Kept:
+    """A recording, the memory in bytes that q, k, v and `out` span where `out` is given, and when it was used last."""
+
+    recording: Recording
+    extents: tuple[int, ...]
+    used: int
+
+
+_recordings: dict[Hashable, _Kept] = {}
+_lock = threading.Lock()  # of whoever adds a recording
+_clock = itertools.count(1)
+
+_HEADS_TYPES, _SPAN_TYPES, _SCALE_TYPES = (int, str), (int, str, NoneType), (int, float, NoneType)
+_address, _stride, _device = Tensor.data_ptr, Tensor.stride, Tensor.get_device
+
+
+class Kind(NamedTuple):
+    """A step as a replay sees it.
 
     Attributes:
-        compiled, grid: the kernel as Triton compiled it, and how many programs run it.
-        args: what the kernel is given, without references to tensors.
-        inputs: (place, which input).
-        scratch: (place, offset in bytes).
-        input_descriptors: (place, which input): tensor descriptors of inputs.
-        scratch_descriptors: (place, offset in bytes): tensor descriptors of scratch.
+        key: what decides its launches, its validity included.
+        inputs: every tensor that it is given: q, k and v first, `out` last if there is one.
+        addresses: theirs.
     """
 
-    compiled: Any
-    grid: Grid
-    args: list[Any]
-    inputs: list[tuple[int, int]]
-    scratch: list[tuple[int, int]]
-    input_descriptors: list[tuple[int, int]]
-    scratch_descriptors: list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a tensor descriptor asks of the tensor that it describes."""
-
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-class Recording:
-    """The launches of one kind of step.
-
-    Args:
-        inputs: the tensors that the step was given, results included, each an object of its own.
-        launches: (compiled kernel, grid, arguments) in their order.
-    """
-
-    def __init__(self, inputs: Sequence[Tensor], launches: Sequence[tuple[Any, Grid, Sequence[object]]]) -> None:
-        self._inputs = {id(tensor): n for n, tensor in enumerate(inputs)}
-        self._memory = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
-        self._offsets: dict[int, int] = {}
-        self.scratch_bytes = 0
-        self.launches = [self._launch(compiled, grid, list(args)) for compiled, grid, args in launches]
-        del self._inputs, self._memory, self._offsets  # ids and addresses mean nothing later
-
-    def _launch(self, compiled: Any, grid: Grid, args: list[Any]) -> Launch:
-        launch = Launch(compiled, grid, args, [], [], [], [])
-        for place, arg in enumerate(args):
-            if isinstance(arg, Tensor):
-                if id(arg) in self._inputs:
-                    launch.inputs.append((place, self._inputs[id(arg)]))
-                else:
-                    launch.scratch.append((place, self._offset(arg)))
-                args[place] = 0
-            elif hasattr(arg, "block_shape"):  # a descriptor, of Triton or of Gluon
-                if id(arg.base) in self._inputs:
-                    launch.input_descriptors.append((place, self._inputs[id(arg.base)]))
-                else:
-                    launch.scratch_descriptors.append((place, self._offset(arg.base)))
-                args[place] = _with_base(arg, None)
-        return launch
-
-    def _offset(self, tensor: Tensor) -> int:
-        """Where a tensor that the step allocated lies in the scratch of a replay."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in self._memory:
-            raise RuntimeError("a view of an input: expected the input itself, or a tensor that the step allocated")
-        if storage.data_ptr() not in self._offsets:
-            self._offsets[storage.data_ptr()] = self.scratch_bytes
-            self.scratch_bytes += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
-        return self._offsets[storage.data_ptr()] + tensor.data_ptr() - storage.data_ptr()
-
-    def replay(self, inputs: Sequence[Tensor], stream: int) -> None:
-        """Launch everything on a stream of the inputs' device, which is current."""
-        scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=inputs[0].device)
-        addresses, base = [tensor.data_ptr() for tensor in inputs], scratch.data_ptr()
-        for launch in self.launches:
-            args = launch.args.copy()
-            for place, n in launch.inputs:
-                args[place] = addresses[n]
-            for place, offset in launch.scratch:
-                args[place] = base + offset
-            for place, n in launch.input_descriptors:
-                args[place] = _with_base(args[place], inputs[n])
-            for place, offset in launch.scratch_descriptors:
-                args[place] = _with_base(args[place], Memory(base + offset))
-            relaunch(launch.compiled, launch.grid, stream, args)
-
-
-def _with_base(descriptor: Any, base: Tensor | Memory | None) -> Any:
-    """The same view of another tensor; nothing is checked again, since nothing but the address differs."""
-    other = object.__new__(type(descriptor))
-    other.__dict__.update(descriptor.__dict__, base=base)
-    return other
-
-
-_recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-_lock = threading.Lock()
-
-
-def _inputs(
-    q: Tensor, kv: PagedKV, batch: PrefillBatch, summary: KVSummary | None, out: Tensor | None, lse: Tensor | None
-) -> list[Tensor]:
-    """Every tensor that comes from outside or goes there."""
-    tensors = [q, kv.k, kv.v, kv.page_table, batch.cu_seqlens_q, batch.seq_lens, batch.prompt_lens, out, lse]
-    if summary is not None:
-        tensors += [summary.k_mean, summary.v_mean]
-    return [tensor for tensor in tensors if tensor is not None]
+    key: Hashable
+    inputs: list[Tensor]
+    addresses: list[int]
 
 
 def kind_of_step(
@@ -154,10 +73,11 @@ def kind_of_step(
     return_lse: bool,
     out: Tensor | None,
     backend: str | None,
-) -> Hashable | None:
-    """What decides the launches of a step, its validity included; None for a step that is always run anew.
+) -> Kind | None:
+    """The kind of a step; None for one that is always run anew.
 
     Replayed are the steps whose kernels all go through `launch`: those of `FlashPrefill` without a correction.
+    Shapes, strides, dtypes and devices are read anew each time: a tensor can be given others in place.
     """
     if not (
         type(selector) is FlashPrefill
@@ -167,22 +87,49 @@ def kind_of_step(
         and (summary is None or (type(summary) is KVSummary and summary.gate is None))
         and correction is False
         and type(return_lse) is bool
-        and type(heads_per_group) in (int, str)
-        and type(query_blocks_per_span) in (int, str, type(None))
-        and type(scale) in (int, float, type(None))
+        and type(heads_per_group) in _HEADS_TYPES
+        and type(query_blocks_per_span) in _SPAN_TYPES
+        and type(scale) in _SCALE_TYPES
         and (out is None or isinstance(out, Tensor))
-        and backend in (None, "triton")
+        and (backend is None or backend == "triton")
     ):
         return None
-    tensors = _inputs(q, kv, batch, summary, out, None)
-    if len({id(tensor) for tensor in tensors}) < len(tensors):
+    k = kv.k
+    inputs = [q, k, kv.v, kv.page_table, batch.cu_seqlens_q, batch.seq_lens]
+    prompts, unit, values = batch.prompt_lens, None, None
+    if prompts is not None:
+        inputs.append(prompts)
+    if summary is not None:
+        unit, values = summary.unit, summary.v_mean
+        inputs.append(summary.k_mean)
+        if values is not None:
+            inputs.append(values)
+    if out is not None:
+        inputs.append(out)
+    if len(set(map(id, inputs))) < len(inputs):
         return None
-    if torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or kv.v.requires_grad):
         return None
-    settings = (selector, heads_per_group, query_blocks_per_span, scale, return_lse)
-    present = (batch.prompt_lens is None, out is None, summary is None or (summary.unit, summary.v_mean is None))
-    of_tensors = [(t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16) for t in tensors]
-    return settings, batch.max_q_len, batch.max_seq_len, present, *of_tensors
+    addresses = [*map(_address, inputs)]
+    key = (
+        selector,
+        heads_per_group,
+        query_blocks_per_span,
+        scale,
+        return_lse,
+        batch.max_q_len,
+        batch.max_seq_len,
+        prompts is None,
+        unit,
+        values is None,
+        out is None,
+        *[tensor.shape for tensor in inputs],
+        *map(_stride, inputs),
+        *[tensor.dtype for tensor in inputs],
+        *map(_device, inputs),
+        *[address % 16 for address in addresses],
+    )
+    return Kind(key, inputs, addresses)
 
 
 def prefill(
@@ -206,35 +153,80 @@ def prefill(
     kind = None if INTERPRETED else kind_of_step(*arguments)
     if kind is None:
         return run(*arguments)
-    with _lock:
-        recording = _recordings.get(kind)
-        if recording is not None:
-            _recordings.move_to_end(kind)
-    if recording is None:
-        return _recorded(run, kind, *arguments)
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    else:
-        check_out(out, q, kv=kv)  # whether they overlap depends on the addresses
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+    kept = _recordings.get(kind.key)
+    if kept is None:
+        launches, result = _recorded(run, arguments)
+        results = [tensor for tensor in (result if return_lse else (result,)) if tensor is not out]
+        extents = () if out is None else tuple(map(memory_bytes, (q, kv.k, kv.v, out)))
+        _keep(kind.key, Recording(kind.inputs, results, launches), extents)
+        return result
+    if out is not None and _may_overlap(kind.addresses, kept.extents):
+        check_out(out, q, kv=kv)
+    results = _replayed(kept, kind)
+    if out is not None:
+        results.insert(0, out)
+    return (results[0], results[1]) if return_lse else results[0]
+
+
+def _may_overlap(addresses: Sequence[int], extents: Sequence[int]) -> bool:
+    """Whether the memory of `out`, the last input, meets that of q, k or v, the first, from first element to last.
+
+    Of what `check_out` asks, addresses decide this alone; where they do not meet, it has nothing to refuse.
+    """
+    start = addresses[-1]
+    of_q, of_k, of_v, of_out = extents
+    end = start + of_out
+    q, k, v = addresses[:3]
+    return (start < q + of_q and q < end) or (start < k + of_k and k < end) or (start < v + of_v and v < end)
+
+
+def select_table(
+    run: Callable[..., BlockTable],
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    selector: Selector,
+    heads_per_group: int | Auto,
+    query_blocks_per_span: int | Auto | None,
+    scale: float | None,
+    summary: KVSummary | None,
+    backend: str | None,
+) -> BlockTable:
+    """`run` of the other arguments, or its launches of a step of the same kind once more, into a new table."""
+    arguments = (q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary)
+    kind = None if INTERPRETED else kind_of_step(*arguments, False, False, None, backend)
+    if kind is None:
+        return run(*arguments, backend)
+    key = ("table", kind.key)  # apart from steps that attend as well
+    kept = _recordings.get(key)
+    if kept is None:
+        launches, table = _recorded(run, (*arguments, backend))
+        _keep(key, Recording(kind.inputs, [table.indices, table.counts, table.rows], launches))
+        return table
+    indices, counts, rows = _replayed(kept, kind)
+    return BlockTable(indices, counts, rows, selector.block_size, selector.query_block)
+
+
+def _replayed(kept: _Kept, kind: Kind) -> list[Tensor]:
+    kept.used = next(_clock)
+    q = kind.inputs[0]
     with on_device(q):
-        stream = driver.active.get_current_stream(q.get_device())
-        recording.replay(_inputs(q, kv, batch, summary, out, lse), stream)
-    return out if lse is None else (out, lse)
+        return kept.recording.replay(kind.addresses, q.device, driver.active.get_current_stream(q.get_device()))
 
 
-def _recorded(run: Callable[..., Any], kind: Hashable, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+def _recorded(run: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[Any], Any]:
+    """(the launches of a step, what it returned)."""
     recorder.launches = []
     try:
         result = run(*arguments)
-        launches = recorder.launches
+        return recorder.launches, result
     finally:
         recorder.launches = None
-    q, kv, batch, *_, summary, _correction, return_lse, _out, _backend = arguments
-    out, lse = result if return_lse else (result, None)
-    recording = Recording(_inputs(q, kv, batch, summary, out, lse), launches)
+
+
+def _keep(key: Hashable, recording: Recording, extents: tuple[int, ...] = ()) -> None:
     with _lock:
-        _recordings[kind] = recording
-        if len(_recordings) > MOST:
-            _recordings.popitem(last=False)
-    return result
+        if len(_recordings) >= MOST:
+            for old in sorted(_recordings, key=lambda one: _recordings[one].used)[: MOST // 8]:
+                del _recordings[old]
+        _recordings[key] = _Kept(recording, extents, next(_clock))
