@@ -8,7 +8,7 @@ so several threads can replay it at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from compactattn._triton.direct import STREAM, TensorMaps, Way, entry_of, maps_of
 from compactattn._triton.launch import Grid, hooked
-
-STREAM = object()  # stands for the stream among the arguments of a launch
 
 ALIGNMENT = 256  # bytes; of scratch tensors, as PyTorch's allocator aligns its own at least
 
@@ -56,13 +55,17 @@ class Described(NamedTuple):
     Attributes:
         place, source: its own place, and that of the address which it describes.
         descriptor: without a tensor.
+        maps: what its launch takes in its stead where there are no hooks, or None: the descriptor itself.
     """
 
     place: int
     source: int
     descriptor: Any
+    maps: TensorMaps | None
 
-    def at(self, address: int) -> object:
+    def at(self, address: int, hooks: bool) -> object:
+        if self.maps is not None and not hooks:
+            return self.maps.at(address)
         return _with_base(self.descriptor, Memory(address))
 
 
@@ -92,20 +95,32 @@ class _Values:
         self._offsets: dict[int, int] = {}
 
     def launch(self, compiled: Any, grid: Grid, args: Sequence[Any]) -> Launch:
-        for arg in args:
-            if hasattr(arg, "block_shape"):  # a descriptor, of Triton or of Gluon
-                self._describe(arg)
-        places = self._all(args)
-        before = (*grid, STREAM, compiled.function, compiled.packed_metadata, None, None, None)
-        return Launch(compiled, grid, places, compiled.run, itemgetter(*self._all(before), *places))
+        run = compiled.run
+        entry = entry_of(run)
+        if entry is None:
+            before = self._all((*grid, STREAM, compiled.function, compiled.packed_metadata, None, None, None))
+            places = self._all(args)
+            return Launch(compiled, grid, places, run, itemgetter(*before, *places))
+        places = own = self._all(args, iter(entry.ways))
+        if entry.ways:  # beside the map of a descriptor, its shape and strides
+            own = []
+            for arg, place in zip(args, places, strict=True):
+                own.append(place)
+                if hasattr(arg, "block_shape"):
+                    own += map(self._new, (*arg.shape, *arg.strides))
+        before = self._all(entry.before(run, compiled, grid))
+        return Launch(compiled, grid, places, entry.c_function, itemgetter(*before, *own))
 
-    def _all(self, args: Sequence[Any]) -> list[int]:
-        """The place of each, new ones included."""
+    def _all(self, args: Sequence[Any], ways: Iterator[Way] | None = None) -> list[int]:
+        """The place of each, new ones included; `ways`: how the descriptors among them become CUtensorMaps."""
         places, found = self._places, []
         for arg in args:
             place = places.get(id(arg))
             if place is None:
-                place = places[id(arg)] = self._address(arg) if isinstance(arg, Tensor) else self._new(arg)
+                if hasattr(arg, "block_shape"):  # a descriptor, of Triton or of Gluon; each launch has its own way
+                    place = self._describe(arg, None if ways is None else next(ways))
+                else:
+                    place = places[id(arg)] = self._address(arg) if isinstance(arg, Tensor) else self._new(arg)
             found.append(place)
         return found
 
@@ -126,10 +141,11 @@ class _Values:
         self.scratch.append((place, self._offsets[start] + tensor.data_ptr() - start))
         return place
 
-    def _describe(self, descriptor: Any) -> None:
+    def _describe(self, descriptor: Any, way: Way | None) -> int:
         (source,), place = self._all((descriptor.base,)), self._new(None)
-        self._places[id(descriptor)] = place
-        self.described.append(Described(place, source, _with_base(descriptor, None)))
+        maps = None if way is None else maps_of(way, descriptor)
+        self.described.append(Described(place, source, _with_base(descriptor, None), maps))
+        return place
 
 
 class Recording:
@@ -168,7 +184,7 @@ class Recording:
             values[place] = base + offset
         hooks = hooked()
         for one in self._described:
-            values[one.place] = one.at(values[one.source])
+            values[one.place] = one.at(values[one.source], hooks)
         if hooks:
             for launch in self.launches:
                 launch.compiled[launch.grid](*[values[place] for place in launch.args], stream=stream)
