@@ -331,7 +331,10 @@ def check_out(out: torch.Tensor | None, q: torch.Tensor, name: str = "q", kv: Pa
 
 def _extent(t: torch.Tensor) -> int:
     """Elements of memory from the first one of a tensor to its last."""
-    return sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
+    last = 0
+    for stride, size in zip(t.stride(), t.shape, strict=True):
+        last += stride * (size - 1)
+    return last
 
 
 def memory_bytes(t: torch.Tensor) -> int:

@@ -25,6 +25,7 @@ from compactattn._triton.launch import launch
 from compactattn.data import BlockTable, PagedKV, PrefillBatch
 
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
+Q_LAYOUT, KV_LAYOUT = (gl.NVMMASharedLayout(128, 16, rank=rank) for rank in (3, 4))  # costly to make in every call
 
 
 @gluon.jit(
@@ -167,8 +168,6 @@ def attend(
     padded = next_power_of_2(group)
     programs = multiprocessors(q.device)
     unit = min(schedule.STAGE, table.block_size, kv.page_size)
-    q_layout = gl.NVMMASharedLayout(128, 16, rank=3)
-    kv_layout = gl.NVMMASharedLayout(128, 16, rank=4)
     q_box, kv_box = [min(schedule.ROWS // padded, 64), 1, COLUMNS.value], [1, unit, 1, COLUMNS.value]
     with on_device(q):
         work = schedule.schedule_tiles(batch, table, group, programs)
@@ -177,9 +176,9 @@ def attend(
         launch(
             _hopper_kernel,
             (programs,),
-            TensorDescriptor.from_tensor(q, q_box, q_layout),
-            TensorDescriptor.from_tensor(kv.k, kv_box, kv_layout),
-            TensorDescriptor.from_tensor(kv.v, kv_box, kv_layout),
+            TensorDescriptor.from_tensor(q, q_box, Q_LAYOUT),
+            TensorDescriptor.from_tensor(kv.k, kv_box, KV_LAYOUT),
+            TensorDescriptor.from_tensor(kv.v, kv_box, KV_LAYOUT),
             out,
             *out.stride()[:2],
             out if lse is None else lse,

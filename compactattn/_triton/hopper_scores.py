@@ -35,6 +35,7 @@ COLUMNS: gl.constexpr = gl.constexpr(64)  # columns that one TMA copy brings: 12
 STAGES: gl.constexpr = gl.constexpr(4)
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
+Q_LAYOUT, MEANS_LAYOUT = (gl.NVMMASharedLayout(128, 16, rank=rank) for rank in (3, 2))  # costly to make in every call
 
 WARPGROUPS: gl.constexpr = gl.constexpr(4)
 
@@ -302,14 +303,13 @@ def score_blocks(
     log_s = torch.empty((requests, heads, q_blocks, stride), dtype=torch.float32, device=q.device)
     part_max = torch.empty((requests, heads, q_blocks, turns * parts), dtype=torch.float32, device=q.device)
     if log_s.numel():
-        q_layout, means_layout = gl.NVMMASharedLayout(128, 16, rank=3), gl.NVMMASharedLayout(128, 16, rank=2)
         q_box, means_box = [QUERY_BLOCK.value, 1, COLUMNS.value], [TILE.value, COLUMNS.value]
         with on_device(q):
             launch(
                 _hopper_scores_kernel,
                 (programs,),
-                TensorDescriptor.from_tensor(q, q_box, q_layout),
-                TensorDescriptor.from_tensor(means.view(-1, dim), means_box, means_layout),
+                TensorDescriptor.from_tensor(q, q_box, Q_LAYOUT),
+                TensorDescriptor.from_tensor(means.view(-1, dim), means_box, MEANS_LAYOUT),
                 batch.cu_seqlens_q,
                 batch.seq_lens,
                 log_s,

@@ -34,10 +34,10 @@ def _specialisation(arg: object) -> object:
     Finer than Triton where a kernel declines to specialise: then several keys hold one compiled kernel. Of a tensor
     descriptor the dtype counts: the launcher's caller may have no other argument that says it.
     """
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
     if type(arg) is int:
         return arg == 1, arg % 16 == 0, -0x80000000 <= arg < 0x80000000
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
     base = getattr(arg, "base", None)
     return type(arg), base.dtype if isinstance(base, Tensor) else None
 
@@ -72,15 +72,15 @@ def launch(
     key = (id(kernel), device.index, *constants.values(), *map(_specialisation, args))
     compiled = _compiled.get(key)
     x, y, z = (*grid, 1, 1)[:3]
-    whole = (x, y, z)
+    whole, own = (x, y, z), (*args, *constants.values())
     if compiled is None:
         if list(kernel.arg_names[len(args) :]) != list(constants):
             raise TypeError(f"{kernel.__name__}: expected the constants {kernel.arg_names[len(args) :]}")
         compiled = _compiled[key] = kernel[grid](*args, **constants, **options)
     else:
-        relaunch(compiled, whole, driver.active.get_current_stream(device.index), (*args, *constants.values()))
+        relaunch(compiled, whole, driver.active.get_current_stream(device.index), own)
     if recorder.launches is not None:
-        recorder.launches.append((compiled, whole, (*args, *constants.values())))
+        recorder.launches.append((compiled, whole, own))
 
 
 def hooked() -> bool:
