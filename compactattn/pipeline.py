@@ -174,7 +174,10 @@ def select_table(
     summary: KVSummary | None = None,
     backend: str | None = None,
 ) -> BlockTable:
-    """The first three stages of `prefill`, with its arguments: the block tables that it attends over."""
+    """The first three stages of `prefill`, with its arguments: the block tables that it attends over.
+
+    As of whole steps, the launches are remembered and repeated on a GPU; the tensors of a table are new in each call.
+    """
     if torch.compiler.is_compiling():
         step = {"q": q, "kv": kv, "batch": batch, "selector": selector, "scale": scale, "summary": summary}
         shared = {"heads_per_group": heads_per_group, "query_blocks_per_span": query_blocks_per_span}

@@ -2,8 +2,8 @@
 
 A replay lays whatever the launches take in one list, its *values*: the stream, the addresses of inputs and results, and
 then the rest, that is constants, between which it writes addresses of scratch and tensor descriptors. Each launch picks
-its arguments from the values by place, which costs next to nothing. A recording is never written to after it is made,
-so several threads can replay it at once.
+its arguments from the values by place, which costs next to nothing. Nothing of a replay is written to the recording, so
+several threads can replay it at once.
 """
 
 from __future__ import annotations
