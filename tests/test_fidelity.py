@@ -342,7 +342,8 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
     # the last stages at 32K are the longest: what they have is what the goals ask for
     last = [row for stage, row in plan.cells() if (stage.context, stage.chunk, stage.last) == (32768, 1024, 512)]
     assert [row.name for row in last if row.kind != "library"] == [DENSE, "QUOKA: kv_ratio 0.15"]
-    assert {row.family for row in last} == {DENSE, CONTROL, QUOKA, plans.UNSHARED, plans.PAPER.format(4)}
+    ends_dense = {plans.SEER + plans.LAST, plans.UNSHARED + plans.LAST}
+    assert {row.family for row in last} == {DENSE, CONTROL, QUOKA, plans.PAPER.format(4), plans.SEER} | ends_dense
     swept = {row.family for row in plan.rows if row.parameter}
     assert swept >= {QUOKA, plans.UNSHARED, "XAttention unshared", "SeerAttention unshared", "Oracle unshared"}
     assert {plans.PAPER.format(heads) for heads in (1, 2, 4)} <= swept
@@ -616,10 +617,12 @@ ALIKE = ("kind", "schema", "preset", "protocol", "model", "corpus", "rows", "hid
 
 
 def halves(result: Path, out: Path, change: Callable[[Any], None] = lambda other: None) -> list[Path]:
-    """A result's cells in turn in two results, the second of them changed."""
+    """A result's cells in turn in two results of runs of their own, the second of them changed."""
     paths = [out / name for name in ("a.json", "b.json")]
     for n, path in enumerate(paths):
         half = json.loads(result.read_text())
+        for one in half["runs"]:
+            one["started"] += f" {n}"
         half["cells"] = half["cells"][n::2]
         if n:
             change(half)
@@ -677,7 +680,7 @@ def test_results_of_other_conditions_are_not_joined(
 
 def test_what_is_measured_twice_or_alone_is_not_joined(result: Path, tmp_path: Path) -> None:
     first = cell_of(result, 0)
-    for change in ({}, {"probes": 8}):
+    for change in ({"seconds": 99.0}, {"probes": 8}):
         paths = halves(result, tmp_path, lambda other, change=change: other["cells"].append(first | change))
         again = rf"expected each cell to be measured once, got {DENSE} at 512/128 items 0-2 again in .*b\.json"
         with pytest.raises(ValueError, match=again):
@@ -686,6 +689,24 @@ def test_what_is_measured_twice_or_alone_is_not_joined(result: Path, tmp_path: P
         join.join(paths[:1], tmp_path)
     with pytest.raises(FileNotFoundError, match="got no file"):
         join.join([*paths[:1], tmp_path / "absent.json"], tmp_path)
+
+
+def test_results_that_went_on_from_one_have_its_cells_and_runs_once(result: Path, tmp_path: Path) -> None:
+    whole = json.loads(result.read_text())
+    paths = []
+    for name, mine in (("a", 3), ("b", 4)):  # a base of three cells, and a run of its own with one more
+        its = json.loads(result.read_text())
+        its["runs"].append({**its["runs"][-1], "started": name})
+        its["cells"] = [*its["cells"][:3], its["cells"][mine] | {"run": len(its["runs"]) - 1}]
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(its))
+    joined = json.loads(join.join(paths, tmp_path / "both").read_text())
+    assert [one["started"] for one in joined["runs"]] == [*(one["started"] for one in whole["runs"]), "a", "b"]
+    assert [join.place(cell) for cell in joined["cells"]] == [join.place(cell) for cell in whole["cells"][:5]]
+    last = len(whole["runs"])
+    assert [cell["run"] for cell in joined["cells"][3:]] == [last, last + 1]
+    again = json.loads(join.join([paths[0], tmp_path / "both" / "fidelity-cpu.json"], tmp_path / "again").read_text())
+    assert (again["cells"], again["runs"]) == (joined["cells"], joined["runs"])
 
 
 def test_a_cell_that_failed_gives_way_to_one_that_did_not(result: Path, tmp_path: Path) -> None:

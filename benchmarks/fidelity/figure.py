@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity.findings import Point, Record, bits_ratio, families, on_common_items, points, settings_of
-from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, TEXT
+from benchmarks.fidelity.plans import CONTROL, DENSE, LAST, NEEDLE_TASKS, TEXT
 from benchmarks.figure import canvas, finish, lines
 from benchmarks.records import tokens
+
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def draw_accuracy(result: Record, path: Path) -> None:
@@ -48,8 +50,13 @@ def draw_bits(result: Record, path: Path) -> None:
 
 
 def _panels(result: Record) -> tuple[Any, Any, list[tuple[int, int]]]:
-    """(figure, panels, settings): at most four contexts, at the chunk that most of them have."""
+    """(figure, panels, settings): at most four contexts, at the chunk that most of them have.
+
+    A context at which nothing was swept has no line to draw; it gets a panel only if that is true of all.
+    """
     settings = settings_of(result)
+    swept = [pair for pair in settings if _is_swept(result, *pair)]
+    settings = swept or settings
     chunks = [chunk for _, chunk in settings]
     chunk = max(chunks, key=chunks.count)
     settings = [pair for pair in settings if pair[1] == chunk][:4]
@@ -57,19 +64,30 @@ def _panels(result: Record) -> tuple[Any, Any, list[tuple[int, int]]]:
     return figure, panels, settings
 
 
+def _is_swept(result: Record, context: int, chunk: int) -> bool:
+    """Whether a family has two points there."""
+    at = [cell["row"] for cell in result["cells"] if (cell["context"], cell["chunk"]) == (context, chunk)]
+    counted = [result["rows"][name]["family"] for name in set(at)]
+    return any(counted.count(family) > 1 for family in counted)
+
+
 def _sweeps(panel: Any, result: Record, found: dict[str, Point], kinds: Sequence[str], value: Any) -> None:
     """A line per family over its density on some kinds of prompt, of one colour in every panel; the control is a cross.
 
-    Families with a change (dense layers, mean correction and so on) have tables of their own.
+    A family whose prompts end dense is dashed, in its own family's colour. Those with other changes (dense layers, mean
+    correction) have tables of their own.
     """
     names = [name for name in dict.fromkeys(row["family"] for row in result["rows"].values()) if " + " not in name]
     for family, sweep in families(found, kinds).items():
-        if family in names and sweep[0].row["parameter"]:
+        own = family.removesuffix(LAST)
+        if own in names and sweep[0].row["parameter"]:
             points_of = [(point.density(kinds), value(point)) for point in sweep]
-            lines(panel, {family: points_of}, f"C{names.index(family) % 10}o-")
+            lines(panel, {family: points_of}, f"C{names.index(own) % 10}o" + ("-" if own == family else "--"))
     if CONTROL in found and not math.isnan(found[CONTROL].density(kinds)):
         lines(panel, {CONTROL: [(found[CONTROL].density(kinds), value(found[CONTROL]))]}, "kx")
     panel.set_xscale("log")
+    panel.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    panel.set_xticks([], minor=True)
 
 
 FIGURES = {"": draw_accuracy, "-bits": draw_bits}

@@ -18,13 +18,14 @@ PLACE = ("row", "context", "chunk", "first", "last")
 def join(paths: Sequence[Path], out: Path) -> Path:
     """Write `fidelity-PRESET.json` of several results of that preset into a directory; the results stay as they are.
 
-    A cell that failed in one and was measured in another is measured. The last run is said to have left undone what
-    no last run of these results has reached.
+    A cell that failed in one and was measured in another is measured. Cells and runs that two results have in common,
+    because both went on from a third, are taken once. The last run is said to have left undone what no last run of
+    these results has reached.
 
     Raises:
         FileNotFoundError: no such result.
         ValueError: fewer than two results, what is no result, results that differ in what `--resume` asks to be the
-            same, in their gates or in a row's definition, or a cell that two of them have measured.
+            same, in their gates or in a row's definition, or a cell that two of them have measured apart.
     """
     if len(paths) < 2:
         raise ValueError(f"join: expected two results or more, got {len(paths)}")
@@ -53,19 +54,23 @@ def _both(one: Record, other: Record, path: Path) -> Record:
     if None not in gates and gates[0] != gates[1]:
         raise ValueError(f"join: expected a result of gates {gates[0]!r}, got {path} of gates {gates[1]!r}")
     check_rows("join", one["rows"], other["rows"], path)
-    first = len(one["runs"])
-    cells = _united(one["cells"], [cell | {"run": first + cell["run"]} for cell in other["cells"]], path)
+    runs, places = list(one["runs"]), []
+    for one_run in other["runs"]:  # shares that went on from one result have its runs in common
+        if one_run not in runs:
+            runs.append(one_run)
+        places.append(runs.index(one_run))
+    cells = _united(one["cells"], [cell | {"run": places[cell["run"]]} for cell in other["cells"]], path)
     measured = [cell for cell in cells if cell["status"] == "ok"]
     names, labels = {cell["row"] for cell in measured}, set(map(_label, measured))
     absent = one["absent"] | other["absent"]
     left = dict.fromkeys([*one["runs"][-1]["not_run"], *other["runs"][-1]["not_run"]])
-    last = other["runs"][-1] | {"not_run": [label for label in left if label not in labels]}
+    runs[-1] = runs[-1] | {"not_run": [label for label in left if label not in labels]}
     return one | {
         "model": joined_model(one["model"], other["model"]),
         "rows": one["rows"] | other["rows"],
         "hidden": _hidden(one["hidden"], other["hidden"]),
         "absent": {name: why for name, why in absent.items() if name not in names},
-        "runs": [*one["runs"], *other["runs"][:-1], last],
+        "runs": runs,
         "cells": cells,
     }
 
@@ -111,12 +116,12 @@ def _label(cell: Record) -> str:
 
 
 def _united(ours: Sequence[Record], theirs: Sequence[Record], path: Path) -> list[Record]:
-    """Every cell once: measured rather than failed, and of two that failed ours."""
+    """Every cell once: measured rather than failed, and of two that failed ours; copies of a cell are one."""
     found = {place(cell): cell for cell in ours}
     for cell in theirs:
         before = found.setdefault(place(cell), cell)
         if before is not cell and cell["status"] == "ok":
-            if before["status"] == "ok":
+            if before["status"] == "ok" and before != cell:
                 raise ValueError(f"join: expected each cell to be measured once, got {_label(cell)} again in {path}")
             found[place(cell)] = cell
     return list(found.values())

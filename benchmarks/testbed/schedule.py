@@ -11,8 +11,6 @@ from benchmarks.testbed.tasks import SHORTEST
 # From which share of the budget on the context is 1/divisor of the full one (32K: 1K, 2K, 4K, 8K, 16K, 32K).
 CONTEXT_PHASES = ((0.0, 32), (0.06, 16), (0.14, 8), (0.34, 4), (0.64, 2), (0.82, 1))
 
-ATTENTION_KERNELS = ("cudnn", "flash")
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,16 +33,15 @@ class Settings:
         final_items: test examples per task and length at the end.
         workers: processes that make batches; 0 makes them in between.
         compiled: whether the layers go through torch.compile, which takes a few seconds for each shape of a batch.
-        attention: which of PyTorch's attention kernels a GPU tries first, "cudnn" or "flash".
     """
 
     minutes: float = 8.6
-    total_minutes: float = 24.0
+    total_minutes: float = 8.0
     max_steps: int | None = None
     leg_steps: int | None = None
     context: int = 32768
     tokens_per_step: int = 65536
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     text_share: float = 0.3
@@ -56,7 +53,6 @@ class Settings:
     final_items: int = 100
     workers: int = 4
     compiled: bool = True
-    attention: str = "cudnn"
 
     def __post_init__(self) -> None:
         positive = ("minutes", "total_minutes", "max_steps", "leg_steps", "learning_rate", "warmup_steps", "log_every")
@@ -66,8 +62,6 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")
         if self.workers < 0:
             raise ValueError(f"--workers: expected at least 0, got {self.workers}")
-        if self.attention not in ATTENTION_KERNELS:
-            raise ValueError(f"--attention: expected one of {', '.join(ATTENTION_KERNELS)}, got {self.attention!r}")
         if self.context < SHORTEST or self.context & (self.context - 1):
             raise ValueError(f"--context: expected a power of two from {SHORTEST} on, got {self.context}")
         self.mixture()
@@ -77,8 +71,7 @@ class Settings:
 
     def defining(self) -> dict[str, object]:
         """The settings that a later leg may not change."""
-        free = ("minutes", "leg_steps", "log_every", "milestone_seconds", "final_items", "workers")
-        free += ("compiled", "attention")
+        free = ("minutes", "leg_steps", "log_every", "milestone_seconds", "final_items", "workers", "compiled")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
