@@ -3,6 +3,7 @@
 A serving engine calls `prefill` once per layer and chunk, and does not wait for the GPU in between. So calls are timed
 one by one in bursts without synchronisation, short enough for the launch queue to take them; the same with a new pair
 of lengths in every call, which would show a compilation or a tuning run as an outlier. Memory is read before and after.
+Hosts differ by more than any of this: what one bare call of PyTorch costs there is the unit by which they compare.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NEW_LENGTHS = 40
 
 
 def measured_host(case: Case, step: Step) -> dict[str, object]:
-    """A record of `select_table` and `prefill` under every grouping; green ones are timed."""
+    """A record of `select_table` and `prefill` under every grouping, green ones timed, and a bare call of PyTorch."""
     rows, sampled = [], gate.sample_rows(step.batch)
     summary = summarize(step.kv, step.batch, block_size=SELECTOR.block_size)
     selection = select(step.q, step.kv, step.batch, SELECTOR, summary=summary)
@@ -40,10 +41,18 @@ def measured_host(case: Case, step: Step) -> dict[str, object]:
                 steady, memory = steady_state(one.run, step.q.device)
                 row["times"] = {"steady host": steady.as_json()}
                 row["memory"] = memory
-        how = {"selector": SELECTOR, "summary": summary, **grouping.arguments}
+        # A shorter step rewrites the mean of the unit at its own end, over fewer tokens: not in the step's summary.
+        own = summarize(step.kv, step.batch, block_size=SELECTOR.block_size)
+        how = {"selector": SELECTOR, "summary": own, **grouping.arguments}
         calls = [_call(step, batch, how) for batch in batches]
         rows[-1]["new_lengths"] = burst_times(calls, step.q.device)
-    return {"rows": rows, "did_not_run": {}}
+    return {"rows": rows, "did_not_run": {}, "bare_call": bare_call(step.q.device).as_json()}
+
+
+def bare_call(device: torch.device) -> Timing:
+    """Host milliseconds of `torch.Tensor.add_` on one element, in the bursts of every other call."""
+    element = torch.zeros(1, device=device)
+    return steady_state(lambda: element.add_(1), device)[0]
 
 
 def _row(contestant: Contestant) -> dict[str, object]:

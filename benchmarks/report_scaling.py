@@ -92,9 +92,14 @@ def _kernel(row: Record) -> str:
 
 
 def host_section(result: Record) -> list[str]:
-    """Microseconds of host time per call, and what the calls kept of memory."""
+    """Microseconds of host time per call, and what the calls kept of memory.
+
+    Where a result says what a bare call of PyTorch cost its host, each call is also counted in these.
+    """
+    records = of_kind(result, "host")
+    bare = any("bare_call" in record for record in records)
     rows = []
-    for record in of_kind(result, "host"):
+    for record in records:
         for row in green_rows(record):
             steady, new = row["times"]["steady host"], row.get("new_lengths")
             memory = row["memory"]
@@ -104,6 +109,7 @@ def host_section(result: Record) -> list[str]:
                     row["name"],
                     steady["p50_ms"] * 1e3,
                     f"{steady['p20_ms'] * 1e3:.0f}-{steady['p80_ms'] * 1e3:.0f}",
+                    *(_in_bare_calls(record, steady) if bare else ()),
                     new["p50_ms"] * 1e3 if new else math.nan,
                     new["max_ms"] * 1e3 if new else math.nan,
                     str(memory["calls"]),
@@ -112,8 +118,15 @@ def host_section(result: Record) -> list[str]:
                     _bytes(memory, "peak_above_start"),
                 )
             )
-    head = ("", "", "µs per call, p50", "p20-p80", "at new lengths, p50", "slowest", "calls")
+    head = ("", "", "µs per call, p50", "p20-p80", *(("bare `add_`, µs", "call ÷ `add_`") if bare else ()))
+    head += ("at new lengths, p50", "slowest", "calls")
     return table((*head, "allocated growth, bytes", "reserved growth, bytes", "peak above start, bytes"), rows)
+
+
+def _in_bare_calls(record: Record, steady: Record) -> tuple[float, float]:
+    """(µs of a bare call in the same case, how many of them a call costs); NaN where it was not timed."""
+    bare = record.get("bare_call", {}).get("p50_ms", math.nan)
+    return bare * 1e3, steady["p50_ms"] / bare
 
 
 def _bytes(memory: Record, name: str) -> str:
