@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ pytest.importorskip("transformers", reason="the methods run inside a transformer
 from transformers import DynamicCache
 
 from benchmarks import machine
-from benchmarks.__main__ import main
+from benchmarks.__main__ import RESULTS, main
 from benchmarks.fidelity import answering, figure, findings, items, join, plans, probing, report, run
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA, Preset, Row, Stage
@@ -27,8 +28,10 @@ from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed import model as models
 from benchmarks.testbed import train_gate
 from benchmarks.testbed.answers import decode, prefill
+from benchmarks.testbed.model import WEIGHTS_DIRECTORY
 from benchmarks.testbed.tasks import ANSWER_WORDS, END, QUESTION, TASKS, Example, TaskSource
 from benchmarks.testbed.train import write_record
+from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
 from compactattn import Oracle, select
 from tests.test_quality import step
 
@@ -1170,6 +1173,17 @@ def test_figures_and_tables_put_rows_of_other_items_apart(monkeypatch: pytest.Mo
     assert heads == ["| greedy, items 0-40", "| greedy, items 30-40", "| greedy, items 0-30"] * 2
     pooled = [line for line in words.splitlines() if line.startswith("Chunk 1024, ")]
     assert [line.split("; ")[1] for line in pooled] == [f"16K items {one}" for one in ("0-40", "30-40", "0-30")]
+
+
+def test_the_committed_report_is_that_of_the_committed_result_and_model(tmp_path: Path) -> None:
+    path = RESULTS / "fidelity-h200.json"
+    written = report.write_report(path, tmp_path)
+    assert {one.name for one in written} == {one.name for one in RESULTS.glob("fidelity-h200*") if one != path}
+    assert written[0].read_text() == (RESULTS / written[0].name).read_text()
+    result = findings.load(path)
+    assert not any(cell["status"] == "failed" for cell in result["cells"])
+    for name, file in (("weights", "model.safetensors"), ("gate", GATE_FILE)):
+        assert result["model"][name] == hashlib.sha256((WEIGHTS_DIRECTORY / file).read_bytes()).hexdigest()[:16]
 
 
 def test_ranges_of_items_are_put_together() -> None:
