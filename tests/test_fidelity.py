@@ -692,6 +692,10 @@ def test_what_is_measured_twice_or_alone_is_not_joined(result: Path, tmp_path: P
         join.join(paths[:1], tmp_path)
     with pytest.raises(FileNotFoundError, match="got no file"):
         join.join([*paths[:1], tmp_path / "absent.json"], tmp_path)
+    with pytest.raises(ValueError, match="join: expected different results, got one twice in"):
+        join.join([paths[0], tmp_path / "." / paths[0].name], tmp_path)
+    with pytest.raises(SystemExit):
+        main(["join", *map(str, paths), "--out", ""])
 
 
 def test_results_that_went_on_from_one_have_its_cells_and_runs_once(result: Path, tmp_path: Path) -> None:

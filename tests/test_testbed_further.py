@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -408,9 +409,13 @@ def test_workers_make_the_same_batches(weights: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"minutes": 0.0}, "--minutes: expected a number above 0, got 0.0"),
-        ({"leg_steps": 0}, "--leg-steps: expected a number above 0, got 0"),
-        ({"context": 1000}, "--context: expected a power of two from 512 on, got 1000"),
+        ({"minutes": 0.0}, "--minutes: expected a finite number above 0, got 0.0"),
+        ({"leg_steps": 0}, "--leg-steps: expected a finite number above 0, got 0"),
+        ({"context": 1000}, "--context: expected a power of two from 512 to 32768, got 1000"),
+        ({"context": 65536}, "--context: expected a power of two from 512 to 32768, got 65536"),
+        ({"learning_rate": math.inf}, "--learning-rate: expected a finite number above 0, got inf"),
+        ({"weight_decay": math.nan}, "--weight-decay: expected a finite number from 0 on, got nan"),
+        ({"seed": -1}, "--seed: expected a finite number from 0 on, got -1"),
         ({"workers": -1}, "--workers: expected at least 0, got -1"),
         (
             {"text_share": 0.7, "many_share": 0.7},

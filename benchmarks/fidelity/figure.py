@@ -27,7 +27,7 @@ def draw_accuracy(result: Record, path: Path) -> None:
         if DENSE in found:
             panel.axhline(found[DENSE].mean(NEEDLE_TASKS), color="black", linewidth=0.8, label="dense")
         items = min(len(shares) for point in found.values() for shares in point.scores["greedy"].values())
-        title = f"{tokens(context)}, chunk {chunk}: needle tasks\n{items} items of each"
+        title = f"{tokens(context)}, chunk {chunk}: needle tasks, greedy\n{items} items of each"
         panel.set(title=title, xlabel="density on their prompts", ylabel="share of right words", ylim=(-0.03, 1.03))
     finish(figure, panels, result, path, one_legend=True)
 
@@ -45,7 +45,7 @@ def draw_bits(result: Record, path: Path) -> None:
 
         _sweeps(panel, result, found, (TEXT,), over_dense)
         title = f"{tokens(context)}, chunk {chunk}: held-out text"
-        panel.set(title=title, xlabel="density on it", ylabel="bits per byte ÷ dense")
+        panel.set(title=title, xlabel="density on that text", ylabel="bits per byte ÷ dense")
     finish(figure, panels, result, path, one_legend=True)
 
 

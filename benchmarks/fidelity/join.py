@@ -24,11 +24,13 @@ def join(paths: Sequence[Path], out: Path) -> Path:
 
     Raises:
         FileNotFoundError: no such result.
-        ValueError: fewer than two results, what is no result, results that differ in what `--resume` asks to be the
-            same, in their gates or in a row's definition, or a cell that two of them have measured apart.
+        ValueError: fewer than two results, one twice, what is no result, results that differ in what `--resume` asks to
+            be the same, in their gates or in a row's definition, or a cell that two of them have measured apart.
     """
     if len(paths) < 2:
         raise ValueError(f"join: expected two results or more, got {len(paths)}")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"join: expected different results, got one twice in {', '.join(map(str, paths))}")
     joined, *others = map(_read, paths)
     for other, path in zip(others, paths[1:], strict=True):
         joined = _both(joined, other, path)

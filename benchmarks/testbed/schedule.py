@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.testbed.mixture import Mixture
+from benchmarks.testbed.model import MAX_POSITIONS
 from benchmarks.testbed.tasks import SHORTEST
 
 # From which share of the budget on the context is 1/divisor of the full one (32K: 1K, 2K, 4K, 8K, 16K, 32K).
@@ -58,12 +60,18 @@ class Settings:
         positive = ("minutes", "total_minutes", "max_steps", "leg_steps", "learning_rate", "warmup_steps", "log_every")
         for name in (*positive, "milestone_seconds", "final_items", "tokens_per_step"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')}: expected a finite number above 0, got {value}")
+        for name in ("weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected a finite number from 0 on, got {getattr(self, name)}"
+                )
         if self.workers < 0:
             raise ValueError(f"--workers: expected at least 0, got {self.workers}")
-        if self.context < SHORTEST or self.context & (self.context - 1):
-            raise ValueError(f"--context: expected a power of two from {SHORTEST} on, got {self.context}")
+        if not SHORTEST <= self.context <= MAX_POSITIONS or self.context & (self.context - 1):
+            expected = f"a power of two from {SHORTEST} to {MAX_POSITIONS}"
+            raise ValueError(f"--context: expected {expected}, got {self.context}")
         self.mixture()
 
     def mixture(self) -> Mixture:

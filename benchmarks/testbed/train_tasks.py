@@ -47,6 +47,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
+from benchmarks.arguments import directory
 from benchmarks.testbed import checkpoint as checkpoints
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.answers import task_report
@@ -340,7 +341,7 @@ def _without_curves(record: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.train_tasks", description="Train further.")
-    parser.add_argument("--out", type=Path, required=True, help="directory for weights, configuration and record")
+    parser.add_argument("--out", type=directory, required=True, help="directory for weights, configuration and record")
     parser.add_argument("--init", type=Path, default=WEIGHTS_DIRECTORY, help="first weights (default: the committed)")
     parser.add_argument("--state", type=Path, help="directory of the checkpoint (default: state in --out)")
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
