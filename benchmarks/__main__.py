@@ -132,7 +132,7 @@ def _add_fidelity(commands: Any) -> None:
     fidelity.add_argument("--preset", default="cpu", help="h200 or cpu (default)")
     fidelity.add_argument("--out", type=directory, default=RESULTS, help="directory for fidelity-PRESET.json")
     fidelity.add_argument("--weights", type=Path, help="directory of the model (default: the test bed's)")
-    fidelity.add_argument("--gate", type=Path, help="gate weights (default: seer_gate.safetensors beside the model)")
+    fidelity.add_argument("--gate", type=Path, help="gate weights (default: gate/seer_gate.safetensors in --weights)")
     fidelity.add_argument("--corpus", type=Path, help="the model's, packed; default: the running Python's library")
     fidelity.add_argument("--only", help="comma-separated parts of row names, or shell patterns")
     fidelity.add_argument("--contexts", help="comma-separated contexts of the preset, such as 16384,32768")
