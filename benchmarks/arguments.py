@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 
-def directory(text: str) -> Path:
+def directory_name(text: str) -> Path:
     """A directory; an empty name, of a variable that is not set, is not the current one.
 
     Raises:

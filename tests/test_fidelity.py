@@ -799,15 +799,22 @@ def failing(monkeypatch: pytest.MonkeyPatch, row: Row, error: Exception) -> None
     monkeypatch.setattr(run, "probe", lambda *_: {"density": {"sub_group_union": None}})
 
 
+def failed_run(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> tuple[run.Options, dict[str, Any]]:
+    """The options and the result of a run in which the control raises."""
+    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    failing(monkeypatch, ROWS[CONTROL], error)
+    options = run.Options("cpu", out, weights=place / "model", corpus=place / "corpus.zip")
+    assert run.run(options) == 1
+    return options, json.loads((out / "fidelity-cpu.json").read_text())
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), KeyError("name"), torch.OutOfMemoryError("2 GiB")], ids=repr)
 def test_a_row_that_fails_does_not_stop_the_others_and_is_tried_again_last(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    monkeypatch.setattr(run, "preset", lambda name: TINY)
-    failing(monkeypatch, ROWS[CONTROL], error)
-    options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip")
-    assert run.run(options) == 1
-    found = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    options, found = failed_run(place, tmp_path, monkeypatch, error)
     names = [(cell["row"], cell["first"]) for cell in found["cells"]]
     assert len(names) == len(set(names)) == 7
     bad = {(cell["row"], cell["first"]): cell["reason"] for cell in found["cells"] if cell["status"] == "failed"}
@@ -839,11 +846,7 @@ def test_a_row_that_fails_does_not_stop_the_others_and_is_tried_again_last(
 def test_a_lost_gpu_ends_the_run_with_what_was_measured(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(run, "preset", lambda name: TINY)
-    failing(monkeypatch, ROWS[CONTROL], error)
-    options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip")
-    assert run.run(options) == 1
-    found = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    options, found = failed_run(place, tmp_path, monkeypatch, error)
     assert [(cell["row"], cell["status"]) for cell in found["cells"]] == [(DENSE, "ok"), (CONTROL, "failed")]
     assert len(found["runs"][-1]["not_run"]) == 5
     failing(monkeypatch, GATED, error)
@@ -1153,6 +1156,23 @@ def test_leads_over_quoka_are_those_of_the_most_items() -> None:
     words = [line for line in report.markdown(result, []).splitlines() if f"| {PAPER.family} | +100.0 (" in line]
     assert words
     assert all(", n 20 |" in line or ", n 50 |" in line for line in words)
+
+
+def test_figures_draw_contexts_that_were_swept_and_dense_ends_dashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ending = plans.sweep(plans.UNSHARED + plans.LAST, "FlashPrefill", "alpha", {0.4: 1}, settings=plans.LAST_BLOCKS)[0]
+    result = made(lineup() | {ending.name: (ending, 0.2, 1.0)})
+    lone = [cell | {"context": 8192} for cell in result["cells"] if cell["row"] in (DENSE, UNSHARED.name)]
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure, "finish", lambda canvas, panels, *_, **options: drawn.extend(panels))
+    for cells, titled in ((result["cells"] + lone, ["16K"]), (lone, ["8K"])):
+        for draw in (figure.draw_accuracy, figure.draw_bits):
+            drawn.clear()
+            draw(result | {"cells": cells}, Path())
+            assert [panel.get_title().split(",")[0] for panel in drawn if panel.get_title()] == titled
+    figure.draw_accuracy(result, Path())
+    styles = {line.get_label(): (line.get_linestyle(), line.get_color()) for line in drawn[-2].lines}
+    assert styles[ending.family] == ("--", styles[UNSHARED.family][1])
+    assert styles[UNSHARED.family][0] == "-"
 
 
 def test_figures_and_tables_put_rows_of_other_items_apart(monkeypatch: pytest.MonkeyPatch) -> None:

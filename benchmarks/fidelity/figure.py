@@ -20,7 +20,7 @@ def draw_accuracy(result: Record, path: Path) -> None:
 
     All rows of a panel stand on the same items, whose number its title says.
     """
-    figure, panels, settings = _panels(result)
+    figure, panels, settings = _panels(result, NEEDLE_TASKS)
     for panel, (context, chunk) in zip(panels, settings, strict=False):
         found = on_common_items(points(result, context, chunk))
         _sweeps(panel, result, found, NEEDLE_TASKS, lambda point: point.mean(NEEDLE_TASKS))
@@ -34,7 +34,7 @@ def draw_accuracy(result: Record, path: Path) -> None:
 
 def draw_bits(result: Record, path: Path) -> None:
     """The same panels: bits per byte on held-out text over dense."""
-    figure, panels, settings = _panels(result)
+    figure, panels, settings = _panels(result, (TEXT,))
     for panel, (context, chunk) in zip(panels, settings, strict=False):
         found = points(result, context, chunk)
         dense = found.get(DENSE)
@@ -49,26 +49,20 @@ def draw_bits(result: Record, path: Path) -> None:
     finish(figure, panels, result, path, one_legend=True)
 
 
-def _panels(result: Record) -> tuple[Any, Any, list[tuple[int, int]]]:
+def _panels(result: Record, kinds: Sequence[str]) -> tuple[Any, Any, list[tuple[int, int]]]:
     """(figure, panels, settings): at most four contexts, at the chunk that most of them have.
 
-    A context at which nothing was swept has no line to draw; it gets a panel only if that is true of all.
+    A context with no family of two points, by density on some kinds of prompt, has no line to draw; it gets a panel
+    only if that is true of all.
     """
     settings = settings_of(result)
-    swept = [pair for pair in settings if _is_swept(result, *pair)]
-    settings = swept or settings
+    sweeps = {pair: families(points(result, *pair), kinds).values() for pair in settings}
+    settings = [pair for pair in settings if any(len(sweep) > 1 for sweep in sweeps[pair])] or settings
     chunks = [chunk for _, chunk in settings]
     chunk = max(chunks, key=chunks.count)
     settings = [pair for pair in settings if pair[1] == chunk][:4]
     figure, panels = canvas(max(2, len(settings)))
     return figure, panels, settings
-
-
-def _is_swept(result: Record, context: int, chunk: int) -> bool:
-    """Whether a family has two points there."""
-    at = [cell["row"] for cell in result["cells"] if (cell["context"], cell["chunk"]) == (context, chunk)]
-    counted = [result["rows"][name]["family"] for name in set(at)]
-    return any(counted.count(family) > 1 for family in counted)
 
 
 def _sweeps(panel: Any, result: Record, found: dict[str, Point], kinds: Sequence[str], value: Any) -> None:

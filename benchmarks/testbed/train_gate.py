@@ -33,7 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.arguments import directory
+from benchmarks.arguments import directory_name
 from benchmarks.testbed import checkpoint as checkpoints
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model, write_atomically
@@ -299,7 +299,7 @@ class Run:
 def main(arguments: list[str] | None = None) -> None:
     """Train the gates and write them; every foreseeable failure ends in one line of text."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.train_gate", description="Distil the gates.")
-    parser.add_argument("--out", type=directory, required=True, help="directory for weights and record")
+    parser.add_argument("--out", type=directory_name, required=True, help="directory for weights and record")
     parser.add_argument("--weights", type=Path, default=WEIGHTS_DIRECTORY, help="the model (default: the committed)")
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (default: %(default)s)")

@@ -4,7 +4,8 @@
     python3 -m benchmarks.testbed.train --corpus out/stdlib.zip --minutes 4.5 --out out/first
     python3 -m benchmarks.testbed.train_tasks --corpus out/stdlib.zip --init out/first --out out/weights
 
-made the committed weights, with `--total-minutes 6.6`; their `training.json` has what they answer at each length.
+made the committed weights, with `--total-minutes 6.6`; their `training.json` has what they answer at each length. (Its
+setting `attention` put flash kernels before cuDNN's, and is gone: PyTorch chooses.)
 
 Each call is a leg, at most `--minutes` (8.6) of wall clock after its imports. A run of more `--total-minutes` (8) takes
 several: a leg goes on from the checkpoint in `--state` (default: `state` in `--out`; begin anew by removing it), the
@@ -47,7 +48,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from benchmarks.arguments import directory
+from benchmarks.arguments import directory_name
 from benchmarks.testbed import checkpoint as checkpoints
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.answers import task_report
@@ -341,7 +342,9 @@ def _without_curves(record: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.train_tasks", description="Train further.")
-    parser.add_argument("--out", type=directory, required=True, help="directory for weights, configuration and record")
+    parser.add_argument(
+        "--out", type=directory_name, required=True, help="directory for weights, configuration and record"
+    )
     parser.add_argument("--init", type=Path, default=WEIGHTS_DIRECTORY, help="first weights (default: the committed)")
     parser.add_argument("--state", type=Path, help="directory of the checkpoint (default: state in --out)")
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
