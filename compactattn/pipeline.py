@@ -4,8 +4,8 @@
       which blocks does     which lists must     the minimal       softmax attention over
       each head want?       be one list?         list per row      the pages the list names
 
-`prefill` gives exactly what the four stages give one after the other. For `FlashPrefill` the first three are fused:
-scores go straight to tables, and no mask is ever written.
+`prefill` gives exactly what the four stages give one after the other. For `FlashPrefill` and `KeyBounds` the first
+three are fused: scores go straight to tables, and no mask is ever written.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.density import check_counter, run_count
 from compactattn.dispatch import Backend, check_cache_dtype, has_triton, resolve_backend
 from compactattn.features import PLAIN, Features, check_correctable, check_features
-from compactattn.selection import select
-from compactattn.selectors import FlashPrefill, Oracle, SeerGate, Selector, check_selector
+from compactattn.selection import block_scores, select
+from compactattn.selectors import Oracle, Scored, SeerGate, Selector, check_selector
 from compactattn.summary import refresh
 from compactattn.table import build_table
 from compactattn.union import unite
@@ -139,7 +139,7 @@ def _prefill(
         check_summary(summary, kv, selector.block_size, values=True)
         check_correctable(features)
     if features is not PLAIN and isinstance(selector, Oracle):
-        judges = "FlashPrefill, XAttention, SeerGate or Dense beside softcap, window or sinks (the mass knows none)"
+        judges = "a selector other than Oracle beside softcap, window or sinks (the exact mass knows none)"
         raise fail("selector", judges, repr(selector))
     if density is not None:
         check_counter("density", density, q.device)
@@ -222,7 +222,7 @@ def _table(
     """The table of a checked step; the summary is brought up to date first."""
     if summary is not None:
         refresh(kv, batch, summary, None, backend)
-    if not isinstance(selector, FlashPrefill):
+    if not isinstance(selector, Scored):
         selection = select(q, kv, batch, selector, scale=scale, summary=summary, backend=backend)
         groups = unite(
             selection,
@@ -233,10 +233,8 @@ def _table(
         )
         return build_table(groups, backend=backend)
     if backend == "triton":
-        from compactattn._triton.scores import flash_prefill_scores
         from compactattn._triton.table import table_from_scores
     else:
-        from compactattn._numba.scores import flash_prefill_scores
         from compactattn._numba.table import table_from_scores
-    scores = flash_prefill_scores(q, kv, batch, selector, scale=scale, summary=summary)
+    scores = block_scores(q, kv, batch, selector, scale, summary, backend)
     return table_from_scores(scores, batch, selector, kv.num_kv_heads, heads_per_group, query_blocks_per_span)

@@ -33,14 +33,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from compactattn.files import replacing
-from compactattn.selectors import Dense, FlashPrefill, Oracle, Selector, XAttention
+from compactattn.selectors import Dense, FlashPrefill, KeyBounds, Oracle, Selector, XAttention
 from compactattn.validation import Auto, check_heads_per_group, check_int, check_span, fail
 
 FORMAT = "compactattn settings"
 VERSION = 1
 FILE_LIMIT = 1 << 20  # bytes of a settings file
 _FIELDS = ("format", "version", "origin", "heads_per_group", "query_blocks_per_span", "layers")
-_SELECTORS: dict[str, type] = {kind.__name__: kind for kind in (FlashPrefill, XAttention, Oracle, Dense)}
+_SELECTORS: dict[str, type] = {kind.__name__: kind for kind in (FlashPrefill, KeyBounds, XAttention, Oracle, Dense)}
 
 
 class Settings(TypedDict):

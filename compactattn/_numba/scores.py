@@ -55,7 +55,8 @@ def flash_prefill_scores(
             scores = by_kv_head[b, :, :, i, :scored]
             tasks.append(functools.partial(_score_tile, rows, keys[:, :scored], position, block_size, scale, scores))
     run_each(tasks)
-    return BlockScores(log_s)
+    peak = log_s.amax(-1, keepdim=True) if shape[-1] else log_s.new_zeros((*shape[:3], 1))
+    return BlockScores(log_s, peak)
 
 
 def _score_tile(rows: Tensor, keys: Tensor, position: int, block_size: int, scale: float, log_s: Tensor) -> None:

@@ -22,7 +22,7 @@ def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: 
     Args:
         kv: the paged cache.
         batch: the step; only its lengths are read.
-        summary: float32 [num_pages, page_size // unit, Hkv, D], keys and perhaps values.
+        summary: float32 [num_pages, page_size // unit, Hkv, D], keys, perhaps values, perhaps bounds on the keys.
         since: int32 [B], one int for all requests, or None for `past_lens`.
     """
     first = batch.past_lens if since is None else torch.as_tensor(since).expand(batch.size)
@@ -35,6 +35,8 @@ def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: 
         summary.k_mean[places] = unit_means(kv.k, places, summary.unit, tokens_in_last, kv.k_scale)
         if summary.v_mean is not None:
             summary.v_mean[places] = unit_means(kv.v, places, summary.unit, tokens_in_last, kv.v_scale)
+        if summary.k_bounds is not None:
+            summary.k_bounds[places] = unit_bounds(kv, places, summary.unit, tokens_in_last)
 
 
 def unit_means(cache: Tensor, places: Places, unit: int, tokens_in_last: int, scale: Tensor | None = None) -> Tensor:
@@ -62,6 +64,27 @@ def unit_means(cache: Tensor, places: Places, unit: int, tokens_in_last: int, sc
 def _mean_slab(units: Tensor, slab: Places, tokens_in_last: int, means: Tensor) -> None:
     rows = gather(units, slab).flatten(2).contiguous()  # one memory layout, so that one kernel is compiled
     _mean_rows(rows.numpy(), tokens_in_last, means.flatten(1).numpy())
+
+
+def unit_bounds(kv: PagedKV, places: Places, unit: int, tokens_in_last: int) -> Tensor:
+    """Float32 [n, Hkv, 2 D]: each dimension's largest key in n units, then its smallest; as `unit_means` reads them."""
+    count, (kv_heads, dim) = len(places.pages), kv.k.shape[2:]
+    bounds = torch.empty((count, kv_heads, 2 * dim), dtype=torch.float32)
+    per_slab = max(1, _SLAB_ELEMENTS // (unit * kv_heads * dim))
+    tasks = []
+    for start in range(0, count, per_slab):
+        stop = min(start + per_slab, count)
+        slab = Places(places.pages[start:stop], places.slots[start:stop])
+        last = tokens_in_last if stop == count else unit
+        tasks.append(functools.partial(_bound_slab, kv, slab, unit, last, bounds[start:stop]))
+    run_each(tasks)
+    return bounds
+
+
+def _bound_slab(kv: PagedKV, slab: Places, unit: int, tokens_in_last: int, bounds: Tensor) -> None:
+    keys = gather(in_units(kv.k, unit), slab, kv.k_scale)  # [n, unit, Hkv, D]
+    keys[-1, tokens_in_last:] = keys[-1, :1]
+    torch.cat((keys.amax(1), keys.amin(1)), dim=-1, out=bounds)
 
 
 def block_means(units: Tensor, units_per_block: int) -> Tensor:

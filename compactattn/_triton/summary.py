@@ -1,4 +1,4 @@
-"""Means of cached keys and values per unit of tokens, and block means for the selector."""
+"""Means of cached keys and values per unit of tokens, bounds on the keys, and block means for the selector."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def _unit_means_kernel(
     scale,
     scale_stride,
     means,
+    bounds,
     units,
     PAGE_SIZE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -43,9 +44,11 @@ def _unit_means_kernel(
     BY_PAGE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program per (unit, head, request): the float32 mean of the unit's valid tokens.
+    """One program per (unit, head, request): the float32 mean of the unit's valid tokens, and where `bounds` are wanted
+    the largest and the smallest number of each dimension.
 
-    BY_PAGE: means are laid out [num_pages, PAGE_SIZE // UNIT, HEADS, DIM]; otherwise [B, units, HEADS, DIM].
+    BY_PAGE: means are laid out [num_pages, PAGE_SIZE // UNIT, HEADS, DIM]; otherwise [B, units, HEADS, DIM]. Bounds
+    likewise, twice as wide.
     """
     if OVERLAP:
         gdc_wait()
@@ -69,12 +72,21 @@ def _unit_means_kernel(
         base = cache + page * cache_stride_page + head.to(tl.int64) * cache_stride_head
         pointers = base + (slot + token).to(tl.int64)[:, None] * cache_stride_token + dim[None, :]
         valid = (start + token < seq_len)[:, None] & (dim < DIM)[None, :]
-        total = tl.sum(tl.load(pointers, mask=valid, other=0.0).to(tl.float32), axis=0)
-        mean = total / tl.minimum(UNIT, seq_len - start).to(tl.float32)
+        rows = tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
+        mean = tl.sum(rows, axis=0) / tl.minimum(UNIT, seq_len - start).to(tl.float32)
         if scale is not None:  # of an FP8 cache
             mean *= tl.load(scale + head * scale_stride)
         index = page * (PAGE_SIZE // UNIT) + slot // UNIT if BY_PAGE else b.to(tl.int64) * units + unit
         tl.store(means + (index * HEADS + head) * DIM + dim, mean, mask=dim < DIM)
+        if bounds is not None:
+            largest = tl.max(tl.where(valid, rows, float("-inf")), axis=0)
+            smallest = tl.min(tl.where(valid, rows, float("inf")), axis=0)
+            if scale is not None:
+                largest *= tl.load(scale + head * scale_stride)
+                smallest *= tl.load(scale + head * scale_stride)
+            target = bounds + (index * HEADS + head) * (2 * DIM) + dim
+            tl.store(target, largest, mask=dim < DIM)
+            tl.store(target + DIM, smallest, mask=dim < DIM)
 
 
 def stale_units(batch: PrefillBatch, unit: int, since: Tensor | int | None) -> tuple[int, int]:
@@ -84,7 +96,7 @@ def stale_units(batch: PrefillBatch, unit: int, since: Tensor | int | None) -> t
     return -(-batch.max_seq_len // unit), SINCE_TENSOR if isinstance(since, Tensor) else SINCE_INT
 
 
-def _launch_unit_means(
+def launch_unit_means(
     cache: Tensor,
     scale: Tensor | None,
     kv: PagedKV,
@@ -93,6 +105,7 @@ def _launch_unit_means(
     means: Tensor,
     unit: int,
     by_page: bool,
+    bounds: Tensor | None = None,
 ) -> None:
     units, mode = stale_units(batch, unit, since)
     if units == 0:
@@ -111,6 +124,7 @@ def _launch_unit_means(
             since if isinstance(since, int) else 0,
             *scale_and_stride(scale),
             means,
+            bounds,
             units,
             constants={
                 "PAGE_SIZE": kv.page_size,
@@ -123,15 +137,17 @@ def _launch_unit_means(
             },
             device=cache.device,
             overlap=True,
-            num_warps=4,
+            num_warps=4 if bounds is None else 8 if kv.head_dim <= 128 else 16,
         )
 
 
 def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: Tensor | int | None) -> None:
     """Recompute in place every unit that holds a position in [since, seq_lens); since None is past_lens."""
-    _launch_unit_means(kv.k, kv.k_scale, kv, batch, since, summary.k_mean, summary.unit, by_page=True)
+    launch_unit_means(
+        kv.k, kv.k_scale, kv, batch, since, summary.k_mean, summary.unit, by_page=True, bounds=summary.k_bounds
+    )
     if summary.v_mean is not None:
-        _launch_unit_means(kv.v, kv.v_scale, kv, batch, since, summary.v_mean, summary.unit, by_page=True)
+        launch_unit_means(kv.v, kv.v_scale, kv, batch, since, summary.v_mean, summary.unit, by_page=True)
 
 
 @triton.jit(
@@ -194,7 +210,7 @@ def block_means(
     blocks_per_program = max(1, 16 * unit // block_size)
     if summary is None:
         means = torch.empty((batch.size, units, heads, dim), dtype=torch.float32, device=kv.k.device)
-        _launch_unit_means(kv.k, kv.k_scale, kv, batch, 0, means, unit, by_page=False)
+        launch_unit_means(kv.k, kv.k_scale, kv, batch, 0, means, unit, by_page=False)
     else:
         means = summary.k_mean
     with on_device(kv.k):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from compactattn.selectors import Dense, FlashPrefill, Selector, XAttention
+from compactattn.selectors import Dense, FlashPrefill, KeyBounds, Selector, XAttention
 from compactattn.settings import load_settings
 from compactattn.validation import (
     DTYPES,
@@ -35,8 +35,9 @@ from compactattn.validation import (
 )
 
 #: selectors by the names that the command line has for them
-SELECTORS: dict[str, type[FlashPrefill | XAttention | Dense]] = {
+SELECTORS: dict[str, type[FlashPrefill | KeyBounds | XAttention | Dense]] = {
     "flashprefill": FlashPrefill,
+    "keybounds": KeyBounds,
     "xattention": XAttention,
     "dense": Dense,
 }
