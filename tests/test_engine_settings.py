@@ -156,8 +156,14 @@ def test_layers_that_cannot_share_a_plan_are_refused_by_name(
     [
         ([], r"options: expected a JSON object, got list"),
         ({"alhpa": 0.1}, r"options: expected settings among selector, alpha, .*, settings, got 'alhpa'"),
-        ({"selector": "seer"}, r"options: selector: expected one of flashprefill, xattention, dense, got 'seer'"),
-        ({"selector": ["dense"]}, r"selector: expected one of flashprefill, xattention, dense, got \['dense'\]"),
+        (
+            {"selector": "seer"},
+            r"options: selector: expected one of flashprefill, keybounds, xattention, dense, got 'seer'",
+        ),
+        (
+            {"selector": ["dense"]},
+            r"selector: expected one of flashprefill, keybounds, xattention, dense, got \['dense'\]",
+        ),
         ({"alpha": 1.5}, r"options: alpha: expected a number from 0 to 1, got 1.5"),
         ({"threshold": 0.9}, r"threshold: expected a parameter of flashprefill \(alpha, .*\), got 0.9"),
         ({"selector": "dense", "alpha": 0.1}, r"alpha: expected a parameter of dense \(block_size, .*\), got 0.1"),

@@ -345,10 +345,11 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
     # the last stages at 32K are the longest: what they have is what the goals ask for
     last = [row for stage, row in plan.cells() if (stage.context, stage.chunk, stage.last) == (32768, 1024, 512)]
     assert [row.name for row in last if row.kind != "library"] == [DENSE, "QUOKA: kv_ratio 0.15"]
-    ends_dense = {plans.SEER + plans.LAST, plans.UNSHARED + plans.LAST}
-    assert {row.family for row in last} == {DENSE, CONTROL, QUOKA, plans.PAPER.format(4), plans.SEER} | ends_dense
+    ends_dense = {one + plans.LAST for one in (plans.SEER, plans.UNSHARED, plans.BOUNDS)}
+    selected = {plans.PAPER.format(4), plans.SEER, plans.BOUNDS}
+    assert {row.family for row in last} == {DENSE, CONTROL, QUOKA} | selected | ends_dense
     swept = {row.family for row in plan.rows if row.parameter}
-    assert swept >= {QUOKA, plans.UNSHARED, "XAttention unshared", "SeerAttention unshared", "Oracle unshared"}
+    assert swept >= {QUOKA, plans.UNSHARED, plans.BOUNDS, "XAttention unshared", "SeerAttention unshared", "Oracle unshared"}
     assert {plans.PAPER.format(heads) for heads in (1, 2, 4)} <= swept
     assert {row.dense_layers for row in plan.rows} == {0, 1, 2}
     assert any(row.settings.get("dense_last_blocks") for row in plan.rows)

@@ -12,6 +12,7 @@ from benchmarks.testbed.tasks import SHORTEST
 
 K = 1024
 UNSHARED = "FlashPrefill unshared"
+BOUNDS = "KeyBounds unshared"
 PAPER = "CompactAttention-FP {} x chunk"
 SEER, LAST = "SeerAttention unshared", " + last 2 query blocks dense"
 CONTROL, DENSE, QUOKA = "sink and window only", "dense", "QUOKA"
@@ -234,6 +235,10 @@ def _rows() -> tuple[Row, ...]:
     rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", shared, heads=4, span=None)
     rows += sweep("Oracle unshared", "Oracle", "mass", {0.98: 2, 0.93: 2, 0.8: 1})
     rows += sweep(SEER + LAST, "SeerGate", "threshold", {0.02: 1, 0.008: 0, 0.005: 1}, settings=LAST_BLOCKS)
+    bounds = {0.3: 1, 0.13: 0, 0.08: 1, 0.05: 2}
+    rows += sweep(BOUNDS, "KeyBounds", "threshold", bounds)
+    rows += sweep(BOUNDS + LAST, "KeyBounds", "threshold", {0.3: 1, 0.13: 0}, settings=LAST_BLOCKS)
+    rows += sweep("KeyBounds 4 x chunk", "KeyBounds", "threshold", {0.5: 1, 0.3: 1, 0.15: 2}, heads=4, span=None)
     rows += sweep("XAttention unshared" + LAST, "XAttention", "threshold", {0.7: 1, 0.5: 1}, settings=LAST_BLOCKS)
     rows += sweep(UNSHARED + LAST, "FlashPrefill", "alpha", {0.4: 0, 0.25: 1, 0.08: 2}, settings=LAST_BLOCKS)
     paper = {"heads": 4, "span": None}
@@ -263,6 +268,7 @@ def _cpu_rows() -> tuple[Row, ...]:
     rows += sweep(UNSHARED, "FlashPrefill", "alpha", first)
     rows += quoka_rows({0.25: 1})
     rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", first, heads=4, span=None)
+    rows += sweep(BOUNDS, "KeyBounds", "threshold", {0.3: 1})
     rows += sweep("XAttention unshared", "XAttention", "threshold", {0.8: 1})
     rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", {0.02: 1}, heads=4, span=None)
     rows += sweep("Oracle unshared", "Oracle", "mass", {0.9: 1})
@@ -279,7 +285,7 @@ def _cpu_rows() -> tuple[Row, ...]:
 _SECONDS_PER_MILLION = {"cuda": 0.5, "cpu": 400.0}
 _DECODE_STEP_SECONDS = {"cuda": 0.01, "cpu": 0.03}
 _FACTORS = {DENSE: 1.6, CONTROL: 0.8}  # by name, else by kind or selector
-_FACTORS |= {"quoka": 3.0, "FlashPrefill": 1.0, "XAttention": 1.5, "Oracle": 2.0, "SeerGate": 1.2}
+_FACTORS |= {"quoka": 3.0, "FlashPrefill": 1.0, "KeyBounds": 1.2, "XAttention": 1.5, "Oracle": 2.0, "SeerGate": 1.2}
 _ANSWER_TOKENS = 23  # mean over the tasks
 TASK_COUNT = 7
 

@@ -121,7 +121,7 @@ def summary_of(
         if unseen_writes or not same or pooled.seen != step.past:
             pooled = None
     if pooled is None:
-        wanted = {"block_size": block_size, "values": values, "gate": gate, "bounds": bounds}
+        wanted: dict[str, Any] = {"block_size": block_size, "values": values, "gate": gate, "bounds": bounds}
         summary = summarize(kv, step.batch, **wanted, backend=backend)
         pooled = _Pooled(weakref.ref(key), None, step.seen, step.seen, step.pads, gate, kv.page_table, layout, summary)
         _pooled[layer] = pooled
