@@ -349,7 +349,14 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
     selected = {plans.PAPER.format(4), plans.SEER, plans.BOUNDS}
     assert {row.family for row in last} == {DENSE, CONTROL, QUOKA} | selected | ends_dense
     swept = {row.family for row in plan.rows if row.parameter}
-    assert swept >= {QUOKA, plans.UNSHARED, plans.BOUNDS, "XAttention unshared", "SeerAttention unshared", "Oracle unshared"}
+    assert swept >= {
+        QUOKA,
+        plans.UNSHARED,
+        plans.BOUNDS,
+        "XAttention unshared",
+        "SeerAttention unshared",
+        "Oracle unshared",
+    }
     assert {plans.PAPER.format(heads) for heads in (1, 2, 4)} <= swept
     assert {row.dense_layers for row in plan.rows} == {0, 1, 2}
     assert any(row.settings.get("dense_last_blocks") for row in plan.rows)
@@ -680,6 +687,42 @@ def test_results_of_other_conditions_are_not_joined(
     assert main(["join", *map(str, paths), "--out", str(tmp_path / "both")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "both").exists()
+
+
+def of_other_sources(other: Any, shared: list[Any]) -> None:
+    other["runs"][-1]["environment"] |= {"sources": "newer", "commit": "new"}
+    other["cells"] += shared
+
+
+def test_results_of_other_sources_that_answer_alike_are_joined(result: Path, tmp_path: Path) -> None:
+    """What both have measured must be the same to the digit, and be some of a library row's; then ours stays."""
+    whole = json.loads(result.read_text())
+    shared = [cell for cell in whole["cells"][::2] if whole["rows"][cell["row"]]["kind"] == "library"][:1]
+    again = [cell | {"seconds": 99.0} for cell in shared]
+    paths = halves(result, tmp_path, lambda other: of_other_sources(other, again))
+    joined = findings.load(join.join(paths, tmp_path / "both"))
+    assert len(joined["cells"]) == len(whole["cells"])
+    assert all(cell["seconds"] != 99.0 for cell in joined["cells"])
+    old = whole["runs"][-1]["environment"]["sources"]
+    label = f"{shared[0]['row']} at 512/128 items {shared[0]['first']}-{shared[0]['last']}"
+    assert joined["compared"] == [{"sources": [old, "newer"], "cells": [label]}]
+    assert joined["runs"][-1]["environment"]["sources"] == "newer"
+    text = report.markdown(joined, [])
+    assert "3 of commit new, sources newer. 1 cells were measured with both: same answers" in text
+    assert "were measured with both" not in report.markdown(whole, [])
+    third = halves(result, tmp_path / "both", lambda other: of_other_sources(other, []))[1]
+    once_more = findings.load(join.join([tmp_path / "both" / "fidelity-cpu.json", third], tmp_path / "again"))
+    assert once_more["compared"] == joined["compared"]
+    dense = [cell for cell in whole["cells"][::2] if whole["rows"][cell["row"]]["kind"] == "dense"]
+    alone = halves(result, tmp_path, lambda other: of_other_sources(other, dense))
+    with pytest.raises(ValueError, match="or one that has measured cells of a library row again, got .* 'newer'"):
+        join.join(alone, tmp_path)
+    for name in ("scores", "bits"):
+        other = json.loads(json.dumps(again))
+        other[0][name] = None
+        paths = halves(result, tmp_path, lambda its, other=other: of_other_sources(its, other))
+        with pytest.raises(ValueError, match=f"expected the same {name} from sources .* and 'newer', got others of "):
+            join.join(paths, tmp_path)
 
 
 def test_what_is_measured_twice_or_alone_is_not_joined(result: Path, tmp_path: Path) -> None:
