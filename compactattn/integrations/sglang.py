@@ -300,10 +300,11 @@ class CompactAttentionBackend(AttentionBackend):
         k, v = pool.get_kv_buffer(layer_id)
         if pool.kv_cache_layout == "hnd":
             return k.transpose(1, 2), v.transpose(1, 2)
-        rows = k.shape[0] // self._page_size * self._page_size
-        return tuple(x[:rows].unflatten(0, (-1, self._page_size)) for x in (k, v))  # type: ignore[return-value]
+        shape = (k.shape[0] // self._page_size, self._page_size)
+        rows = shape[0] * shape[1]
+        return k[:rows].unflatten(0, shape), v[:rows].unflatten(0, shape)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def _forward(
         self,
         q: Tensor,
@@ -320,7 +321,7 @@ class CompactAttentionBackend(AttentionBackend):
         """
         check_refused(others)
         number = layer.layer_id
-        if self._layers.get(number) is not layer:
+        if number not in self._layers or self._layers[number] is not layer:
             raise fail("layer", "an attention layer that the model had when the backend was made", number)
         step = self.forward_metadata
         if step is None:
