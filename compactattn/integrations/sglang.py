@@ -19,7 +19,8 @@ at the same place in its page as in its request, and prefixes are shared by whol
 what padding writes; the backend writes the step's keys and values itself, unless the model has done so; of the metadata
 calls, `init_forward_metadata_out_graph` runs in every step and outside of captured graphs; attention runs eagerly
 between the pieces of a breakable prefill graph. Who else fills pages (hierarchical caches, transfers, drafts that are
-moved once they are accepted) is refused, and so are pools of another class.
+moved once they are accepted) is refused, and so are pools of another class; beams, which share the page that they part
+in, SGLang itself refuses with pages of more than one token.
 """
 
 from __future__ import annotations

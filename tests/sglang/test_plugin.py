@@ -107,6 +107,7 @@ def test_other_backends_keep_their_page_size() -> None:
         (("--enable-hierarchical-cache",), {}, "--enable-hierarchical-cache: expected False with "),
         (("--enable-lmcache",), {}, "--enable-lmcache: expected False with "),
         (("--disaggregation-mode", "prefill"), {}, "--disaggregation-mode: expected null with "),
+        (("--tp-size", "2", "--attn-dp-size", "2"), {}, "--attn-dp-size: expected 1 with "),
         (("--enable-two-batch-overlap",), {}, "--enable-two-batch-overlap: expected False with "),
         (("--speculative-algorithm", "NGRAM"), {}, "--speculative-algorithm: expected None with "),
         (("--cuda-graph-backend-prefill", "full"), {}, "--cuda-graph-backend-prefill: expected breakable or disabled"),
