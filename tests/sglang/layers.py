@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 
 from compactattn.integrations.sglang import CompactAttentionBackend
 from tests.serving import Batch, Request
+from tests.speaking import WEIGHTS
 
-WEIGHTS = Path(__file__).parents[2] / "benchmarks" / "testbed" / "weights"  # 6 layers, 8 heads over 2, D = 64
-KV_HEADS, HEADS, DIM, NUM_LAYERS = 2, 8, 64, 6
+KV_HEADS, HEADS, DIM, NUM_LAYERS = 2, 8, 64, 6  # of the test bed's model
 
 
 def make_layer(number: int = 0, **changes: Any) -> RadixAttention:

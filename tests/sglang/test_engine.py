@@ -20,14 +20,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compactattn import FlashPrefill
-from compactattn.integrations.transformers import enable
 from compactattn.settings import Settings
+from tests.speaking import WEIGHTS, spoken_by_transformers
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = ROOT / "benchmarks" / "testbed" / "weights"  # 6 layers, 8 heads over 2, D = 64
 CHUNK = 256
 FLASH = {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 1, "block_size": 64, "query_block": 64, "dense_keys": 128}
 TEXT = (ROOT / "compactattn" / "data.py").read_bytes()
@@ -66,31 +63,16 @@ def speak(tmp_path: Path, job: dict[str, Any], **environment: str) -> list[list[
     return json.loads(lines[-1])
 
 
-def spoken_by_transformers(ids: list[int], tokens: int, settings: Settings | None) -> list[int]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
-    chunk: dict[str, int] = {}
-    if settings is not None:
-        enable(**settings)
-        model.set_attn_implementation("compactattn")
-        chunk = {"prefill_chunk_size": CHUNK}
-    prompt = torch.tensor([ids])
-    with torch.no_grad():
-        out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
-            pad_token_id=0, **chunk,
-        )  # fmt: skip
-    return out[0, len(ids) :].tolist()
-
-
 @pytest.mark.parametrize("options", [{"selector": "dense"}, FLASH], ids=["dense", "flashprefill"])
 def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any], tmp_path: Path) -> None:
-    ids = list(TEXT[:700])
+    ids = list(TEXT[4000:4700])  # a stretch whose next words FlashPrefill changes
     every_layer = dict.fromkeys(range(6), FlashPrefill(**FLASH))
     settings = Settings(selector=every_layer, heads_per_group=1, query_blocks_per_span=1) if options == FLASH else None
     turns = speak(tmp_path, {"engine": engine_arguments(options), "turns": [[ids]], "tokens": 24})
-    assert turns[0][0]["spoken"] == spoken_by_transformers(ids, 24, settings)
+    spoken = turns[0][0]["spoken"]
+    assert spoken == spoken_by_transformers(ids, 24, settings, CHUNK)
+    if options == FLASH:
+        assert spoken != spoken_by_transformers(ids, 24, None, CHUNK), "enough is left out to be heard"
 
 
 @pytest.mark.parametrize("changes", [{}, {"decode_attention_backend": "torch_native"}], ids=["both", "another-decodes"])
