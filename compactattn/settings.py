@@ -1,10 +1,11 @@
 """Settings of a model in a file: which selector each layer has, and how its block tables are shared.
 
 A small JSON of plain data, which any engine can read; `compactattn tune` writes it, and `load_settings` gives what
-`compactattn.integrations.transformers.enable` takes. vLLM's plugin reads it by its path:
+`compactattn.integrations.transformers.enable` takes. The plugins for vLLM and SGLang read it by its path:
 
     enable(**load_settings("settings.json"))
     vllm serve MODEL … --additional-config '{"compactattn": {"settings": "settings.json"}}'
+    sglang serve … --json-model-override-args '{"compactattn": {"settings": "settings.json"}}'
 
     {
       "format": "compactattn settings",
