@@ -313,6 +313,13 @@ class KVSummary:
             *pages, dim = self.k_mean.shape
             check_shape("k_bounds", self.k_bounds, (*pages, 2 * dim), "that of k_mean, twice as wide")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that grow with the cache."""
+        pooled = None if self.gate is None else self.gate.pooled
+        parts = (self.k_mean, self.v_mean, self.k_bounds, pooled)
+        return sum(tensor.nbytes for tensor in parts if tensor is not None)
+
 
 @dataclass(frozen=True, eq=False)
 class SelectionMask:

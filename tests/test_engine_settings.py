@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compactattn import Dense, FlashPrefill, Oracle, XAttention
+from compactattn import Dense, FlashPrefill, KeyBounds, Oracle, XAttention
 from compactattn.integrations.engine_settings import (
     DENSE_KEYS,
     OF_THE_MODEL,
@@ -116,7 +116,7 @@ def test_a_selector_beside_a_file_is_refused_by_name(path: str, own: dict[str, A
 
 def test_every_setting_is_either_of_the_selector_or_of_the_model() -> None:
     assert sorted(SETTINGS) == sorted([*OF_THE_SELECTOR, *OF_THE_MODEL, "settings"])
-    of_selectors = {name for kind in (FlashPrefill, XAttention, Dense) for name in kind.__dataclass_fields__}
+    of_selectors = {name for kind in (FlashPrefill, KeyBounds, XAttention, Dense) for name in kind.__dataclass_fields__}
     assert of_selectors - {"dense_last_blocks"} == {*OF_THE_SELECTOR, "dense_keys", "dense_queries"} - {"selector"}
 
 

@@ -715,7 +715,7 @@ def test_results_of_other_sources_that_answer_alike_are_joined(result: Path, tmp
     assert once_more["compared"] == joined["compared"]
     dense = [cell for cell in whole["cells"][::2] if whole["rows"][cell["row"]]["kind"] == "dense"]
     alone = halves(result, tmp_path, lambda other: of_other_sources(other, dense))
-    with pytest.raises(ValueError, match="or one that has measured cells of a library row again, got .* 'newer'"):
+    with pytest.raises(ValueError, match=r"or one that has measured cells of a library row again, got .* 'newer'"):
         join.join(alone, tmp_path)
     for name in ("scores", "bits"):
         other = json.loads(json.dumps(again))

@@ -184,8 +184,7 @@ class CompactAttentionBackend(AttentionBackend):
             plan = LayerPlan(self._settings.of_layer(layer_id), self._settings, float(layer.scaling))
             self._plans[layer_id] = plan
             self._summaries[layer_id] = plan.new_summary(self._pages(layer_id)[0]) if decodes == NAME else None
-        kept = [s for s in self._summaries.values() if s is not None]
-        means = sum(tensor.nbytes for s in kept for tensor in (s.k_mean, s.v_mean) if tensor is not None)
+        means = sum(summary.nbytes for summary in self._summaries.values() if summary is not None)
         logger.info("compactattn runs with %s; %.0f MiB of key means", self._settings, means / 2**20)
         self._reserve(self.req_to_token_pool.size)
 
