@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
 from compactattn._numba.pages import locate_units
+from compactattn._numba.scores import score_query_blocks
 from compactattn._numba.summary import unit_bounds
-from compactattn._numba.threads import run_each
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 from compactattn.selection import BlockScores
 from compactattn.selectors import KeyBounds
@@ -33,30 +32,14 @@ def key_bounds_scores(
         q: [T, Hq, D].
         summary: bounds to trust; None, or one without them, bounds the complete blocks of each request.
     """
-    block_size, query_block = selector.block_size, selector.query_block
-    heads, kv_heads = q.shape[1], kv.num_kv_heads
-    shape = (batch.size, heads, batch.query_blocks(query_block), batch.kv_blocks(block_size))
-    log_p = torch.full(shape, -math.inf, dtype=torch.float32)
-    by_kv_head = log_p.unflatten(1, (kv_heads, -1))
-    starts = batch.cu_seqlens_q.tolist()
-    tasks = []
-    for b, seq_len in enumerate(batch.seq_lens.tolist()):
-        q_len = starts[b + 1] - starts[b]
-        complete = seq_len // block_size
-        if q_len == 0 or complete == 0:
-            continue
-        bounds = _complete_block_bounds(kv, b, complete, block_size, summary).to(q.dtype).float()
-        largest, smallest = bounds.transpose(0, 1).chunk(2, dim=-1)
-        # [Hkv, complete, 2 D]: what a query's positive components meet, then what its negative ones do
-        keys = torch.cat((largest, smallest) if scale > 0 else (smallest, largest), dim=-1)
-        for i, first in enumerate(range(0, q_len, query_block)):
-            rows = q[starts[b] + first : starts[b] + min(first + query_block, q_len)].unflatten(1, (kv_heads, -1))
-            position = seq_len - q_len + first
-            scored = (position + len(rows)) // block_size
-            scores = by_kv_head[b, :, :, i, :scored]
-            tasks.append(functools.partial(_score_tile, rows, keys[:, :scored], position, block_size, scale, scores))
-    run_each(tasks)
-    return BlockScores(log_p, log_p.new_zeros((*shape[:3], 1)))
+
+    def bounds(b: int, complete: int) -> Tensor:
+        """Met by a query's positive components first, then by its negative ones."""
+        largest, smallest = _complete_block_bounds(kv, b, complete, selector.block_size, summary).chunk(2, dim=-1)
+        return torch.cat((largest, smallest) if scale > 0 else (smallest, largest), dim=-1)
+
+    log_p = score_query_blocks(q, kv, batch, selector, bounds, _score_tile, scale)
+    return BlockScores(log_p, log_p.new_zeros((*log_p.shape[:3], 1)))
 
 
 def _score_tile(rows: Tensor, keys: Tensor, position: int, block_size: int, scale: float, log_p: Tensor) -> None:

@@ -227,57 +227,41 @@ def _key_bounds_kernel(
             below = tl.where(queries > zero, zero, queries)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        for tile in range(scored_tiles):
-            s = _bound_tile(
-                tile,
-                bounds,
-                reach,
-                above,
-                below,
-                q,
-                row_offset,
-                valid,
-                position,
-                scale * LOG2_E,
-                DIM,
-                DIM_PADDED,
-                ROWS,
-                BLOCK_SIZE,
-                TILE,
-                NEGATIVE_SCALE,
-                PRECISE,
-            )
-            higher = tl.maximum(top, tl.max(s, axis=0))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(s - shift[None, :]), axis=0)
-            top = higher
-        none = total == 0.0  # of a row without any block, whose bounds are all -inf
-        share = tl.where(none, 0.0, top + tl.log2(tl.where(none, 1.0, total)))
-        for tile in range(scored_tiles):
-            s = _bound_tile(
-                tile,
-                bounds,
-                reach,
-                above,
-                below,
-                q,
-                row_offset,
-                valid,
-                position,
-                scale * LOG2_E,
-                DIM,
-                DIM_PADDED,
-                ROWS,
-                BLOCK_SIZE,
-                TILE,
-                NEGATIVE_SCALE,
-                PRECISE,
-            )
-            largest = tl.max(s - share[None, :], axis=1) * LN_2
-            j = tile * TILE + tl.arange(0, TILE)
-            if part > 0:
-                largest = tl.maximum(largest, tl.load(log_p + j, mask=j < log_p_stride, other=0.0))
-            tl.store(log_p + j, largest, mask=j < log_p_stride)
+        share = tl.zeros([ROWS], tl.float32)
+        for second in tl.static_range(2):
+            for tile in range(scored_tiles):
+                s = _bound_tile(
+                    tile,
+                    bounds,
+                    reach,
+                    above,
+                    below,
+                    q,
+                    row_offset,
+                    valid,
+                    position,
+                    scale * LOG2_E,
+                    DIM,
+                    DIM_PADDED,
+                    ROWS,
+                    BLOCK_SIZE,
+                    TILE,
+                    NEGATIVE_SCALE,
+                    PRECISE,
+                )
+                if second:
+                    largest = tl.max(s - share[None, :], axis=1) * LN_2
+                    j = tile * TILE + tl.arange(0, TILE)
+                    if part > 0:
+                        largest = tl.maximum(largest, tl.load(log_p + j, mask=j < log_p_stride, other=0.0))
+                    tl.store(log_p + j, largest, mask=j < log_p_stride)
+                else:
+                    higher = tl.maximum(top, tl.max(s, axis=0))
+                    shift = tl.where(higher == float("-inf"), 0.0, higher)
+                    total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(s - shift[None, :]), axis=0)
+                    top = higher
+            none = total == 0.0  # of a row without any block, whose bounds are all -inf
+            share = tl.where(none, 0.0, top + tl.log2(tl.where(none, 1.0, total)))
     for tile in range(scored_tiles, tiles):
         j = tile * TILE + tl.arange(0, TILE)
         tl.store(log_p + j, tl.full([TILE], float("-inf"), tl.float32), mask=j < log_p_stride)
