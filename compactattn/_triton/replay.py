@@ -131,13 +131,13 @@ _recordings: OrderedDict[Hashable, Recording] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _inputs(
+def inputs_of_step(
     q: Tensor, kv: PagedKV, batch: PrefillBatch, summary: KVSummary | None, out: Tensor | None, lse: Tensor | None
 ) -> list[Tensor]:
     """Every tensor that comes from outside or goes there."""
     tensors = [q, kv.k, kv.v, kv.page_table, batch.cu_seqlens_q, batch.seq_lens, batch.prompt_lens, out, lse]
     if summary is not None:
-        tensors += [summary.k_mean, summary.v_mean]
+        tensors += [summary.k_mean, summary.v_mean, summary.k_bounds]
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -174,13 +174,14 @@ def kind_of_step(
         and backend in (None, "triton")
     ):
         return None
-    tensors = _inputs(q, kv, batch, summary, out, None)
+    tensors = inputs_of_step(q, kv, batch, summary, out, None)
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         return None
     if torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad):
         return None
     settings = (selector, heads_per_group, query_blocks_per_span, scale, return_lse)
-    present = (batch.prompt_lens is None, out is None, summary is None or (summary.unit, summary.v_mean is None))
+    means = summary is None or (summary.unit, summary.v_mean is None, summary.k_bounds is None)
+    present = (batch.prompt_lens is None, out is None, means)
     of_tensors = [(t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16) for t in tensors]
     return settings, batch.max_q_len, batch.max_seq_len, present, *of_tensors
 
@@ -219,7 +220,7 @@ def prefill(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
     with on_device(q):
         stream = driver.active.get_current_stream(q.get_device())
-        recording.replay(_inputs(q, kv, batch, summary, out, lse), stream)
+        recording.replay(inputs_of_step(q, kv, batch, summary, out, lse), stream)
     return out if lse is None else (out, lse)
 
 
@@ -232,7 +233,7 @@ def _recorded(run: Callable[..., Any], kind: Hashable, *arguments: Any) -> Tenso
         recorder.launches = None
     q, kv, batch, *_, summary, _correction, return_lse, _out, _backend = arguments
     out, lse = result if return_lse else (result, None)
-    recording = Recording(_inputs(q, kv, batch, summary, out, lse), launches)
+    recording = Recording(inputs_of_step(q, kv, batch, summary, out, lse), launches)
     with _lock:
         _recordings[kind] = recording
         if len(_recordings) > MOST:
