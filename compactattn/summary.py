@@ -112,6 +112,12 @@ def refresh(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: Tensor 
         else:
             from compactattn._numba.gate import update_gate
         update_gate(kv, batch, summary.gate, summary.unit, since)
+    if summary.k_bounds is not None:
+        if backend == "triton":
+            from compactattn._triton.bounds import update_bounds
+        else:
+            from compactattn._numba.bounds import update_bounds
+        update_bounds(kv, batch, summary.k_bounds, summary.unit, since)
 
 
 def _empty_summary(kv: PagedKV, block_size: int, values: bool, gate: SeerGate | None, bounds: bool) -> KVSummary:

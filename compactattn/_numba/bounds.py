@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from compactattn._numba.pages import locate_units
+from compactattn._numba.pages import Places, gather, in_units, locate_units
 from compactattn._numba.scores import score_query_blocks
-from compactattn._numba.summary import unit_bounds
+from compactattn._numba.summary import slabs, stale_units
+from compactattn._numba.threads import run_each
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 from compactattn.selection import BlockScores
 from compactattn.selectors import KeyBounds
+
+
+def update_bounds(kv: PagedKV, batch: PrefillBatch, bounds: Tensor, unit: int, since: Tensor | int | None) -> None:
+    """Bound again, in place, every unit that holds a position in [since, seq_lens), over slots below `seq_lens` only.
+
+    bounds: float32 [num_pages, page_size // unit, Hkv, 2 * D].
+    """
+    for places, tokens_in_last in stale_units(kv, batch, unit, since):
+        bounds[places] = unit_bounds(kv, places, unit, tokens_in_last)
+
+
+def unit_bounds(kv: PagedKV, places: Places, unit: int, tokens_in_last: int) -> Tensor:
+    """Float32 [n, Hkv, 2 D]: each dimension's largest key in n units, then its smallest."""
+    count, (kv_heads, dim) = len(places.pages), kv.k.shape[2:]
+    bounds = torch.empty((count, kv_heads, 2 * dim), dtype=torch.float32)
+    tasks = []
+    for slab, here in slabs(places, unit * kv_heads * dim):
+        last = tokens_in_last if here.stop == count else unit
+        tasks.append(functools.partial(_bound_slab, kv, slab, unit, last, bounds[here]))
+    run_each(tasks)
+    return bounds
+
+
+def _bound_slab(kv: PagedKV, slab: Places, unit: int, tokens_in_last: int, bounds: Tensor) -> None:
+    keys = gather(in_units(kv.k, unit), slab, kv.k_scale)  # [n, unit, Hkv, D]
+    keys[-1, tokens_in_last:] = keys[-1, :1]
+    torch.cat((keys.amax(1), keys.amin(1)), dim=-1, out=bounds)
 
 
 def key_bounds_scores(

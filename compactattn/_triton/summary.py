@@ -1,4 +1,4 @@
-"""Means of cached keys and values per unit of tokens, bounds on the keys, and block means for the selector."""
+"""Means of cached keys and values per unit of tokens, and block means for the selector."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ from compactattn._triton.launch import launch
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 
 SINCE_PAST, SINCE_INT, SINCE_TENSOR = 0, 1, 2
+
+
+@triton.jit
+def stale_unit(cu_seqlens_q, seq_lens, since, since_int, b, UNIT: tl.constexpr, SINCE: tl.constexpr):
+    """(length of request b, this program's unit of it, its first token, whether it is there and to be made anew)."""
+    seq_len = tl.load(seq_lens + b)
+    if SINCE == 0:
+        first = seq_len - (tl.load(cu_seqlens_q + b + 1) - tl.load(cu_seqlens_q + b))
+    elif SINCE == 1:
+        first = since_int
+    else:
+        first = tl.load(since + b)
+    unit = first // UNIT + tl.program_id(0)
+    start = unit * UNIT
+    return seq_len, unit, start, (first < seq_len) & (start < seq_len)
 
 
 @triton.jit(
@@ -33,7 +48,6 @@ def _unit_means_kernel(
     scale,
     scale_stride,
     means,
-    bounds,
     units,
     PAGE_SIZE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -44,27 +58,17 @@ def _unit_means_kernel(
     BY_PAGE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program per (unit, head, request): the float32 mean of the unit's valid tokens, and where `bounds` are wanted
-    the largest and the smallest number of each dimension.
+    """One program per (unit, head, request): the float32 mean of the unit's valid tokens.
 
-    BY_PAGE: means are laid out [num_pages, PAGE_SIZE // UNIT, HEADS, DIM]; otherwise [B, units, HEADS, DIM]. Bounds
-    likewise, twice as wide.
+    BY_PAGE: means are laid out [num_pages, PAGE_SIZE // UNIT, HEADS, DIM]; otherwise [B, units, HEADS, DIM].
     """
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     b = tl.program_id(2)
     head = tl.program_id(1)
-    seq_len = tl.load(seq_lens + b)
-    if SINCE == 0:
-        first = seq_len - (tl.load(cu_seqlens_q + b + 1) - tl.load(cu_seqlens_q + b))
-    elif SINCE == 1:
-        first = since_int
-    else:
-        first = tl.load(since + b)
-    unit = first // UNIT + tl.program_id(0)
-    start = unit * UNIT
-    if (first < seq_len) & (start < seq_len):
+    seq_len, unit, start, stale = stale_unit(cu_seqlens_q, seq_lens, since, since_int, b, UNIT, SINCE)
+    if stale:
         page = tl.load(page_table + b.to(tl.int64) * page_table_stride + start // PAGE_SIZE).to(tl.int64)
         slot = start % PAGE_SIZE
         token = tl.arange(0, UNIT)
@@ -72,21 +76,12 @@ def _unit_means_kernel(
         base = cache + page * cache_stride_page + head.to(tl.int64) * cache_stride_head
         pointers = base + (slot + token).to(tl.int64)[:, None] * cache_stride_token + dim[None, :]
         valid = (start + token < seq_len)[:, None] & (dim < DIM)[None, :]
-        rows = tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
-        mean = tl.sum(rows, axis=0) / tl.minimum(UNIT, seq_len - start).to(tl.float32)
+        total = tl.sum(tl.load(pointers, mask=valid, other=0.0).to(tl.float32), axis=0)
+        mean = total / tl.minimum(UNIT, seq_len - start).to(tl.float32)
         if scale is not None:  # of an FP8 cache
             mean *= tl.load(scale + head * scale_stride)
         index = page * (PAGE_SIZE // UNIT) + slot // UNIT if BY_PAGE else b.to(tl.int64) * units + unit
         tl.store(means + (index * HEADS + head) * DIM + dim, mean, mask=dim < DIM)
-        if bounds is not None:
-            largest = tl.max(tl.where(valid, rows, float("-inf")), axis=0)
-            smallest = tl.min(tl.where(valid, rows, float("inf")), axis=0)
-            if scale is not None:
-                largest *= tl.load(scale + head * scale_stride)
-                smallest *= tl.load(scale + head * scale_stride)
-            target = bounds + (index * HEADS + head) * (2 * DIM) + dim
-            tl.store(target, largest, mask=dim < DIM)
-            tl.store(target + DIM, smallest, mask=dim < DIM)
 
 
 def stale_units(batch: PrefillBatch, unit: int, since: Tensor | int | None) -> tuple[int, int]:
@@ -96,7 +91,7 @@ def stale_units(batch: PrefillBatch, unit: int, since: Tensor | int | None) -> t
     return -(-batch.max_seq_len // unit), SINCE_TENSOR if isinstance(since, Tensor) else SINCE_INT
 
 
-def launch_unit_means(
+def _launch_unit_means(
     cache: Tensor,
     scale: Tensor | None,
     kv: PagedKV,
@@ -105,7 +100,6 @@ def launch_unit_means(
     means: Tensor,
     unit: int,
     by_page: bool,
-    bounds: Tensor | None = None,
 ) -> None:
     units, mode = stale_units(batch, unit, since)
     if units == 0:
@@ -124,7 +118,6 @@ def launch_unit_means(
             since if isinstance(since, int) else 0,
             *scale_and_stride(scale),
             means,
-            bounds,
             units,
             constants={
                 "PAGE_SIZE": kv.page_size,
@@ -137,17 +130,15 @@ def launch_unit_means(
             },
             device=cache.device,
             overlap=True,
-            num_warps=4 if bounds is None else 8 if kv.head_dim <= 128 else 16,
+            num_warps=4,
         )
 
 
 def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: Tensor | int | None) -> None:
     """Recompute in place every unit that holds a position in [since, seq_lens); since None is past_lens."""
-    launch_unit_means(
-        kv.k, kv.k_scale, kv, batch, since, summary.k_mean, summary.unit, by_page=True, bounds=summary.k_bounds
-    )
+    _launch_unit_means(kv.k, kv.k_scale, kv, batch, since, summary.k_mean, summary.unit, by_page=True)
     if summary.v_mean is not None:
-        launch_unit_means(kv.v, kv.v_scale, kv, batch, since, summary.v_mean, summary.unit, by_page=True)
+        _launch_unit_means(kv.v, kv.v_scale, kv, batch, since, summary.v_mean, summary.unit, by_page=True)
 
 
 @triton.jit(
@@ -210,7 +201,7 @@ def block_means(
     blocks_per_program = max(1, 16 * unit // block_size)
     if summary is None:
         means = torch.empty((batch.size, units, heads, dim), dtype=torch.float32, device=kv.k.device)
-        launch_unit_means(kv.k, kv.k_scale, kv, batch, 0, means, unit, by_page=False)
+        _launch_unit_means(kv.k, kv.k_scale, kv, batch, 0, means, unit, by_page=False)
     else:
         means = summary.k_mean
     with on_device(kv.k):
