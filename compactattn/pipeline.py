@@ -139,7 +139,7 @@ def _prefill(
         check_summary(summary, kv, selector.block_size, values=True)
         check_correctable(features)
     if features is not PLAIN and isinstance(selector, Oracle):
-        judges = "a selector other than Oracle beside softcap, window or sinks (the exact mass knows none)"
+        judges = "FlashPrefill, KeyBounds, XAttention, SeerGate or Dense beside softcap, window or sinks"
         raise fail("selector", judges, repr(selector))
     if density is not None:
         check_counter("density", density, q.device)
