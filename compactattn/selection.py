@@ -158,7 +158,7 @@ def block_scores(
     backend: Backend,
 ) -> BlockScores:
     if backend == "triton":
-        from compactattn._triton.bounds import key_bounds_scores
+        from compactattn._triton.bound_scores import key_bounds_scores
         from compactattn._triton.scores import flash_prefill_scores
     else:
         from compactattn._numba.bounds import key_bounds_scores
