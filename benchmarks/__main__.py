@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import directory_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     latency = commands.add_parser("latency", help="time chunks, prompts, tables, layouts, scaling and the host's part")
     latency.add_argument("--preset", default="cpu", help="h200, smoke (a GPU in a minute) or cpu (default)")
-    latency.add_argument("--out", type=Path, default=RESULTS, help="directory for latency-PRESET.json")
+    latency.add_argument("--out", type=directory_name, default=RESULTS, help="directory for latency-PRESET.json")
     latency.add_argument("--cases", help="comma-separated parts of case names, or shell patterns")
     latency.add_argument("--only", help="comma-separated kinds: step, tables, prompt, scaling, layouts, decode, host")
     latency.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
@@ -39,11 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_ruler(commands)
     join = commands.add_parser("join", help="one result of those that `fidelity` left of the shares of a plan")
     join.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="two or more, of one preset")
-    join.add_argument("--out", type=Path, required=True, help="directory for fidelity-PRESET.json")
+    join.add_argument("--out", type=directory_name, required=True, help="directory for fidelity-PRESET.json")
     join.set_defaults(run=_join)
     report = commands.add_parser("report", help="Markdown tables and figures from a result alone")
     report.add_argument("result", type=Path, help="a JSON file that `latency`, `ttft`, `fidelity` or `ruler` wrote")
-    report.add_argument("--out", type=Path, help="directory for the .md and .png files (default: beside the result)")
+    report.add_argument(
+        "--out", type=directory_name, help="directory for .md and .png files (default: beside the result)"
+    )
     report.set_defaults(run=_report)
     sources = commands.add_parser("sources", help="the hash of this checkout's sources, as results record it")
     kinds = ("latency", "ttft", "fidelity")
@@ -94,7 +98,7 @@ def _latency(parsed: argparse.Namespace) -> int:
 def _add_ttft(commands: Any) -> None:
     ttft = commands.add_parser("ttft", help="time whole models of transformers, chunk by chunk, dense and sparse")
     ttft.add_argument("--preset", default="cpu", help="h200 or cpu (default)")
-    ttft.add_argument("--out", type=Path, default=RESULTS, help="directory for ttft-PRESET.json")
+    ttft.add_argument("--out", type=directory_name, default=RESULTS, help="directory for ttft-PRESET.json")
     ttft.add_argument("--only", help="comma-separated parts of case names, or shell patterns")
     ttft.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
     ttft.add_argument("--budget-seconds", type=float, help="start no new case after so long")
@@ -128,9 +132,9 @@ def _show_tracebacks() -> None:
 def _add_fidelity(commands: Any) -> None:
     fidelity = commands.add_parser("fidelity", help="task accuracy and bits per byte of every method inside a model")
     fidelity.add_argument("--preset", default="cpu", help="h200 or cpu (default)")
-    fidelity.add_argument("--out", type=Path, default=RESULTS, help="directory for fidelity-PRESET.json")
+    fidelity.add_argument("--out", type=directory_name, default=RESULTS, help="directory for fidelity-PRESET.json")
     fidelity.add_argument("--weights", type=Path, help="directory of the model (default: the test bed's)")
-    fidelity.add_argument("--gate", type=Path, help="gate weights (default: seer_gate.safetensors beside the model)")
+    fidelity.add_argument("--gate", type=Path, help="gate weights (default: gate/seer_gate.safetensors in --weights)")
     fidelity.add_argument("--corpus", type=Path, help="the model's, packed; default: the running Python's library")
     fidelity.add_argument("--only", help="comma-separated parts of row names, or shell patterns")
     fidelity.add_argument("--contexts", help="comma-separated contexts of the preset, such as 16384,32768")
@@ -164,7 +168,7 @@ def _add_ruler(commands: Any) -> None:
     ruler = commands.add_parser("ruler", help="RULER by lm-evaluation-harness, beside the published figures")
     ruler.add_argument("--model", required=True, help="a directory, or a name on the Hugging Face hub")
     ruler.add_argument("--lengths", default="32768,65536,131072", help="comma-separated (default: %(default)s)")
-    ruler.add_argument("--out", type=Path, default=RESULTS, help="directory for ruler-NAME.json")
+    ruler.add_argument("--out", type=directory_name, default=RESULTS, help="directory for ruler-NAME.json")
     ruler.add_argument("--tokenizer", help="a directory or name, or bytes (default: the model's)")
     ruler.add_argument("--tasks", help="comma-separated names of the harness (default: RULER's thirteen)")
     ruler.add_argument("--methods", help="comma-separated (default: those of the published table)")

@@ -32,6 +32,8 @@ def measured_host(case: Case, step: Step) -> dict[str, object]:
     summary = summarize(step.kv, step.batch, block_size=SELECTOR.block_size)
     selection = select(step.q, step.kv, step.batch, SELECTOR, summary=summary)
     batches = new_lengths(step, NEW_LENGTHS if step.q.is_cuda else 4)
+    # A shorter step rewrites the mean of the unit at its own end, over fewer tokens: not in the step's summary.
+    own = summarize(step.kv, step.batch, block_size=SELECTOR.block_size)
     for grouping in groupings_of(case):
         table = table_of(step, summary, selection, grouping)
         for one in library(step, summary, selection, grouping, table, sampled, stages=False):
@@ -41,8 +43,6 @@ def measured_host(case: Case, step: Step) -> dict[str, object]:
                 steady, memory = steady_state(one.run, step.q.device)
                 row["times"] = {"steady host": steady.as_json()}
                 row["memory"] = memory
-        # A shorter step rewrites the mean of the unit at its own end, over fewer tokens: not in the step's summary.
-        own = summarize(step.kv, step.batch, block_size=SELECTOR.block_size)
         how = {"selector": SELECTOR, "summary": own, **grouping.arguments}
         calls = [_call(step, batch, how) for batch in batches]
         rows[-1]["new_lengths"] = burst_times(calls, step.q.device)

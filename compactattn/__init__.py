@@ -9,7 +9,7 @@ from compactattn.merge import merge_attn_states
 from compactattn.pipeline import prefill, select_table
 from compactattn.seer_gate import load_seer_gates
 from compactattn.selection import select
-from compactattn.selectors import Dense, FlashPrefill, Oracle, SeerGate, Selector, XAttention
+from compactattn.selectors import Dense, FlashPrefill, KeyBounds, Oracle, SeerGate, Selector, XAttention
 from compactattn.summary import summarize
 from compactattn.table import build_table
 from compactattn.union import unite
@@ -25,6 +25,7 @@ __all__ = [
     "GroupMask",
     "Grouping",
     "KVSummary",
+    "KeyBounds",
     "Oracle",
     "PagedKV",
     "PrefillBatch",

@@ -286,12 +286,15 @@ class KVSummary:
         v_mean: the same of the values, or None.
         unit: tokens per mean, `min(page_size, block_size)`.
         gate: what `SeerGate` needs of the keys, or None.
+        k_bounds: what `KeyBounds` needs of the keys, or None: float32 [num_pages, page_size // unit, Hkv, 2 * D], the
+            largest number of each dimension over the same tokens, then the smallest.
     """
 
     k_mean: Tensor
     v_mean: Tensor | None
     unit: int
     gate: GateKeys | None = None
+    k_bounds: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_tensor("k_mean", self.k_mean, ndim=4, dtype=torch.float32)
@@ -304,6 +307,18 @@ class KVSummary:
             check_same_device("gate.pooled", self.gate.pooled, self.k_mean.device)
             *pages, dim = self.k_mean.shape
             check_shape("gate.pooled", self.gate.pooled, (*pages, 3 * dim), "that of k_mean, thrice as wide")
+        if self.k_bounds is not None:
+            check_tensor("k_bounds", self.k_bounds, ndim=4, dtype=torch.float32)
+            check_same_device("k_bounds", self.k_bounds, self.k_mean.device)
+            *pages, dim = self.k_mean.shape
+            check_shape("k_bounds", self.k_bounds, (*pages, 2 * dim), "that of k_mean, twice as wide")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that grow with the cache."""
+        pooled = None if self.gate is None else self.gate.pooled
+        parts = (self.k_mean, self.v_mean, self.k_bounds, pooled)
+        return sum(tensor.nbytes for tensor in parts if tensor is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compactattn.data import BlockTable, GateKeys, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
-from compactattn.selectors import Dense, FlashPrefill, Oracle, SeerGate, Selector, XAttention
+from compactattn.selectors import Dense, FlashPrefill, KeyBounds, Oracle, SeerGate, Selector, XAttention
 from compactattn.validation import fail
 
 Given = dict[str, Any]
@@ -71,10 +71,10 @@ _TABLE = _record(BlockTable, f"Tensor indices, Tensor counts, Tensor rows, {_BLO
 
 
 def _means_apart(summary: KVSummary | None) -> Given:
-    means: Given = {"k_mean": None, "v_mean": None, "unit": 0}
+    means: Given = {"k_mean": None, "v_mean": None, "k_bounds": None, "unit": 0}
     gate: Given = {"gate_keys": None, "gate_inv_freq": None, "gate_scale": 1.0}
     if summary is not None:
-        means = {"k_mean": summary.k_mean, "v_mean": summary.v_mean, "unit": summary.unit}
+        means = {name: getattr(summary, name) for name in means}
         if (keys := summary.gate) is not None:
             gate = {"gate_keys": keys.pooled, "gate_inv_freq": keys.inv_freq, "gate_scale": keys.rope_scale}
     return {**means, **gate}
@@ -85,19 +85,20 @@ def _means_together(given: Given) -> KVSummary | None:
         return None
     keys = (given["gate_keys"], given["gate_inv_freq"], given["gate_scale"])
     gate = None if keys[0] is None else GateKeys(*keys)
-    return KVSummary(given["k_mean"], given["v_mean"], given["unit"], gate)
+    return KVSummary(given["k_mean"], given["v_mean"], given["unit"], gate, given["k_bounds"])
 
 
 def _means(written: bool) -> Part:
-    marks = ("(a!)", "(b!)", "(c!)") if written else ("", "", "")
-    tensors = "Tensor{}? k_mean, Tensor{}? v_mean, Tensor{}? gate_keys".format(*marks)
+    marks = ("(a!)", "(b!)", "(c!)", "(d!)") if written else ("", "", "", "")
+    tensors = "Tensor{}? k_mean, Tensor{}? v_mean, Tensor{}? gate_keys, Tensor{}? k_bounds".format(*marks)
     schema = f"{tensors}, Tensor? gate_inv_freq, float gate_scale, SymInt unit"
     return Part(schema, _means_apart, _means_together)
 
 
-_KINDS = {kind.__name__: kind for kind in (FlashPrefill, XAttention, Oracle, Dense, SeerGate)}
+_KINDS = {kind.__name__: kind for kind in (FlashPrefill, KeyBounds, XAttention, Oracle, Dense, SeerGate)}
 #: the fields of each kind of selector that are floats, and the integers that all of them have
-_NUMBERS = {"FlashPrefill": ("alpha",), "XAttention": ("threshold",), "SeerGate": ("rope_scale", "threshold")}
+_NUMBERS: dict[str, tuple[str, ...]] = {"FlashPrefill": ("alpha",), "SeerGate": ("rope_scale", "threshold")}
+_NUMBERS |= dict.fromkeys(("KeyBounds", "XAttention"), ("threshold",))
 _INTEGERS: tuple[str, ...] = ("block_size", "query_block", "sink_blocks", "window_blocks")
 _INTEGERS += ("dense_queries", "dense_keys", "dense_last_blocks")
 

@@ -4,8 +4,8 @@
       which blocks does     which lists must     the minimal       softmax attention over
       each head want?       be one list?         list per row      the pages the list names
 
-`prefill` gives exactly what the four stages give one after the other. For `FlashPrefill` the first three are fused:
-scores go straight to tables, and no mask is ever written.
+`prefill` gives exactly what the four stages give one after the other. For `FlashPrefill` and `KeyBounds` the first
+three are fused: scores go straight to tables, and no mask is ever written.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.density import check_counter, run_count
 from compactattn.dispatch import Backend, check_cache_dtype, has_triton, resolve_backend
 from compactattn.features import PLAIN, Features, check_correctable, check_features
-from compactattn.selection import select
-from compactattn.selectors import FlashPrefill, Oracle, SeerGate, Selector, check_selector
+from compactattn.selection import block_scores, select
+from compactattn.selectors import Oracle, Scored, SeerGate, Selector, check_selector
 from compactattn.summary import refresh
 from compactattn.table import build_table
 from compactattn.union import unite
@@ -83,8 +83,8 @@ def prefill(
         softcap, window, sinks: features of the model's attention, see `attend`. The selection judges plain scores of
             every visible block, whatever they are; `Oracle`, whose word is the exact mass, is refused beside them.
         density: int64 [2], a layer's counters (`DensityCounters.of_layer`), to which the step adds what it reads. On a
-            GPU, steps with counters or features and steps over FP8 caches are launched kernel by kernel each time;
-            the launches of others are remembered and repeated, which costs the host less.
+            GPU the launches of a `FlashPrefill` step are remembered and repeated, which costs the host less; steps of
+            other selectors, with counters, features or a correction, or over FP8 caches are launched kernel by kernel.
         return_lse: also return the log-sum-exp, natural log, float32 [T, Hq]; see `attend` for sinks.
         out: where to write the result, [T, Hq, D] of q's dtype; must not overlap q or the cache.
         backend: None (by device), "triton" or "numba".
@@ -140,7 +140,7 @@ def _prefill(
         check_summary(summary, kv, selector.block_size, values=True)
         check_correctable(features)
     if features is not PLAIN and isinstance(selector, Oracle):
-        judges = "FlashPrefill, XAttention, SeerGate or Dense beside softcap, window or sinks (the mass knows none)"
+        judges = "FlashPrefill, KeyBounds, XAttention, SeerGate or Dense beside softcap, window or sinks"
         raise fail("selector", judges, repr(selector))
     if density is not None:
         check_counter("density", density, q.device)
@@ -251,7 +251,7 @@ def _table(
     """The table of a checked step; the summary is brought up to date first."""
     if summary is not None:
         refresh(kv, batch, summary, None, backend)
-    if not isinstance(selector, FlashPrefill):
+    if not isinstance(selector, Scored):
         selection = select(q, kv, batch, selector, scale=scale, summary=summary, backend=backend)
         groups = unite(
             selection,
@@ -262,10 +262,8 @@ def _table(
         )
         return build_table(groups, backend=backend)
     if backend == "triton":
-        from compactattn._triton.scores import flash_prefill_scores
         from compactattn._triton.table import table_from_scores
     else:
-        from compactattn._numba.scores import flash_prefill_scores
         from compactattn._numba.table import table_from_scores
-    scores = flash_prefill_scores(q, kv, batch, selector, scale=scale, summary=summary)
+    scores = block_scores(q, kv, batch, selector, scale, summary, backend)
     return table_from_scores(scores, batch, selector, kv.num_kv_heads, heads_per_group, query_blocks_per_span)

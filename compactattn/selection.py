@@ -11,7 +11,16 @@ from torch import Tensor
 from compactattn import operators
 from compactattn.data import KVSummary, PagedKV, PrefillBatch, SelectionMask
 from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
-from compactattn.selectors import Dense, FlashPrefill, Oracle, SeerGate, Selector, XAttention, check_selector
+from compactattn.selectors import (
+    Dense,
+    KeyBounds,
+    Oracle,
+    Scored,
+    SeerGate,
+    Selector,
+    XAttention,
+    check_selector,
+)
 from compactattn.validation import check_blocks, check_queries, check_summary, resolve_scale
 
 
@@ -31,10 +40,10 @@ def select(
         q: [T, Hq, D], packed queries after RoPE, the cache's dtype; rows beyond `cu_seqlens_q[B]` are not read.
         kv: the paged cache, this step's keys included.
         batch: the lengths of the step.
-        selector: `FlashPrefill`, `XAttention`, `SeerGate`, `Oracle` or `Dense`.
+        selector: `FlashPrefill`, `KeyBounds`, `XAttention`, `SeerGate`, `Oracle` or `Dense`.
         scale: softmax scale, default D^-0.5.
-        summary: what to trust instead of the keys: its means for `FlashPrefill`, its gate keys for `SeerGate`;
-            without one, what is needed is pooled on the spot.
+        summary: what to trust instead of the keys: its means for `FlashPrefill`, its bounds for `KeyBounds`, its gate
+            keys for `SeerGate`; without one, or one that lacks them, what is needed is pooled on the spot.
         backend: None (by device), "triton" or "numba".
 
     Returns:
@@ -67,15 +76,16 @@ def select(
 
 
 class BlockScores(NamedTuple):
-    """FlashPrefill's scores of one step.
+    """One score per block of one step; a block is kept whose score is at least the row's peak plus `log_threshold`.
 
     log_s: float32 [B, Hq, Qb, Kb], natural log, -inf where no row of the query block scores the block; its rows may
         lie apart.
-    part_max: float32 [B, Hq, Qb, parts], the largest score of each part of a row, where a backend keeps it.
+    part_max: float32 [B, Hq, Qb, parts], of which the largest is the row's peak: of `FlashPrefill` the largest score of
+        each part of a row, of `KeyBounds` 0, since its scores are probabilities.
     """
 
     log_s: Tensor
-    part_max: Tensor | None = None
+    part_max: Tensor
 
 
 class BlockRules(NamedTuple):
@@ -121,14 +131,12 @@ def _wanted(
         return rules.forced[:, None]  # whatever the blocks weigh
     if backend == "triton":
         from compactattn._triton.block_mass import block_mass
-        from compactattn._triton.scores import flash_prefill_scores
     else:
         from compactattn._numba.block_mass import block_mass
-        from compactattn._numba.scores import flash_prefill_scores
-    if isinstance(selector, FlashPrefill):
-        scores = flash_prefill_scores(q, kv, batch, selector, scale=scale, summary=summary).log_s
-        threshold = scores.amax(-1, keepdim=True) + log_alpha(selector)
-        return (scores >= threshold) & (scores > -math.inf)
+    if isinstance(selector, Scored):
+        scores = block_scores(q, kv, batch, selector, scale, summary, backend)
+        threshold = scores.part_max.amax(-1, keepdim=True) + log_threshold(selector)
+        return (scores.log_s >= threshold) & (scores.log_s > -math.inf)
     if isinstance(selector, XAttention):
         mass = block_mass(q, kv, batch, selector, stride=selector.stride, scale=scale)
         return smallest_set(mass, rules, mass=selector.threshold)
@@ -140,8 +148,30 @@ def _wanted(
     return smallest_set(mass, rules, mass=selector.mass, top_k=selector.top_k)
 
 
-def log_alpha(selector: FlashPrefill) -> float:
-    return math.log(selector.alpha) if selector.alpha > 0 else -math.inf
+def block_scores(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    selector: Scored,
+    scale: float,
+    summary: KVSummary | None,
+    backend: Backend,
+) -> BlockScores:
+    if backend == "triton":
+        from compactattn._triton.bound_scores import key_bounds_scores
+        from compactattn._triton.scores import flash_prefill_scores
+    else:
+        from compactattn._numba.bounds import key_bounds_scores
+        from compactattn._numba.scores import flash_prefill_scores
+    if isinstance(selector, KeyBounds):
+        return key_bounds_scores(q, kv, batch, selector, scale=scale, summary=summary)
+    return flash_prefill_scores(q, kv, batch, selector, scale=scale, summary=summary)
+
+
+def log_threshold(selector: Scored) -> float:
+    """Log of the share of a row's peak that a block's score has to reach."""
+    share = selector.threshold if isinstance(selector, KeyBounds) else selector.alpha
+    return math.log(share) if share > 0 else -math.inf
 
 
 def smallest_set(

@@ -58,6 +58,33 @@ class FlashPrefill:
 
 
 @dataclass(frozen=True)
+class KeyBounds:
+    """Blocks where a row may find a key that it attends to, by bounds on the keys (those of Quest, arXiv 2406.10774).
+
+    u(r, j) = sum over d of max(scale * q_rd * kmin_jd, scale * q_rd * kmax_jd), where kmin and kmax are the smallest
+    and the largest of each dimension over the keys of the complete block j: no key of the block has a larger score.
+    p(r, .) = softmax of u(r, .) over the blocks that row r scores, those whose last token it stands at or after.
+    Block j is kept iff p(r, j) >= threshold for some row r of the query block.
+
+    A mean hides one key among a hundred, and a sum over rows hides one row that needs it: a bound and the largest row
+    hide neither. It costs twice two products where `FlashPrefill` takes one.
+    """
+
+    threshold: float = 0.1
+    sink_blocks: int = 2
+    window_blocks: int = 4
+    block_size: int = 128
+    query_block: int = 128
+    dense_queries: int = 1
+    dense_keys: int = 0
+    dense_last_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction("threshold", self.threshold)
+        _check_common(self)
+
+
+@dataclass(frozen=True)
 class XAttention:
     """Antidiagonal strided scores, smallest set of blocks that reaches a mass (XAttention, arXiv 2503.16428).
 
@@ -181,7 +208,9 @@ class SeerGate:
         check_same_device("selector.weights", self.weights, q.device)
 
 
-Selector = FlashPrefill | XAttention | Oracle | Dense | SeerGate
+Selector = FlashPrefill | KeyBounds | XAttention | Oracle | Dense | SeerGate
+#: selectors whose blocks follow from one score each and a threshold: tables are made of the scores, without a mask
+Scored = FlashPrefill | KeyBounds
 
 
 def _check_common(selector: Selector) -> None:
@@ -193,4 +222,4 @@ def _check_common(selector: Selector) -> None:
 
 def check_selector(selector: object) -> None:
     if not isinstance(selector, Selector):
-        raise fail("selector", "FlashPrefill, XAttention, Oracle, SeerGate or Dense", repr(selector))
+        raise fail("selector", "FlashPrefill, KeyBounds, XAttention, Oracle, SeerGate or Dense", repr(selector))

@@ -1,10 +1,11 @@
 """Settings of a model in a file: which selector each layer has, and how its block tables are shared.
 
 A small JSON of plain data, which any engine can read; `compactattn tune` writes it, and `load_settings` gives what
-`compactattn.integrations.transformers.enable` takes. vLLM's plugin reads it by its path:
+`compactattn.integrations.transformers.enable` takes. The plugins for vLLM and SGLang read it by its path:
 
     enable(**load_settings("settings.json"))
     vllm serve MODEL … --additional-config '{"compactattn": {"settings": "settings.json"}}'
+    sglang serve … --json-model-override-args '{"compactattn": {"settings": "settings.json"}}'
 
     {
       "format": "compactattn settings",
@@ -33,14 +34,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from compactattn.files import replacing
-from compactattn.selectors import Dense, FlashPrefill, Oracle, Selector, XAttention
+from compactattn.selectors import Dense, FlashPrefill, KeyBounds, Oracle, Selector, XAttention
 from compactattn.validation import Auto, check_heads_per_group, check_int, check_span, fail
 
 FORMAT = "compactattn settings"
 VERSION = 1
 FILE_LIMIT = 1 << 20  # bytes of a settings file
 _FIELDS = ("format", "version", "origin", "heads_per_group", "query_blocks_per_span", "layers")
-_SELECTORS: dict[str, type] = {kind.__name__: kind for kind in (FlashPrefill, XAttention, Oracle, Dense)}
+_SELECTORS: dict[str, type] = {kind.__name__: kind for kind in (FlashPrefill, KeyBounds, XAttention, Oracle, Dense)}
 
 
 class Settings(TypedDict):

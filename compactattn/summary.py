@@ -1,4 +1,4 @@
-"""Means of the cached keys and values, kept beside the cache and extended chunk by chunk."""
+"""Means of the cached keys and values, and bounds on the keys, kept beside the cache and extended chunk by chunk."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def summarize(
     since: Tensor | int | None = None,
     summary: KVSummary | None = None,
     gate: SeerGate | None = None,
+    bounds: bool = False,
     backend: str | None = None,
 ) -> KVSummary:
     """Average the cached keys (and values), or bring a summary up to date in place.
@@ -49,6 +50,8 @@ def summarize(
             for a new one.
         summary: the summary to extend; None allocates one, zero where no request has a token.
         gate: pool the keys for this selector too (a new summary only; a given one decides by its own `gate`).
+        bounds: keep the largest and the smallest key of each dimension too, for `KeyBounds` (a new summary only; a
+            given one decides by its own `k_bounds`).
         backend: None, "triton" or "numba".
 
     Returns:
@@ -59,7 +62,7 @@ def summarize(
     """
     if torch.compiler.is_compiling():
         if summary is None:
-            summary = _empty_summary(kv, block_size, values, gate)
+            summary = _empty_summary(kv, block_size, values, gate, bounds)
             since = 0 if since is None else since
         how = {"block_size": block_size, "values": values, "since": since, "backend": backend}
         return operators.call("summarize", kv=kv, batch=batch, summary=summary, **how)
@@ -72,6 +75,7 @@ def summarize(
     check_cache(kv, batch, kv.k.device)
     check_blocks(kv, block_size)
     check_flag("values", values)
+    check_flag("bounds", bounds)
     chosen = resolve_backend(backend, kv.k.device)
     check_cache_dtype(kv, chosen)
     if isinstance(since, Tensor):
@@ -83,12 +87,14 @@ def summarize(
     elif since is not None:
         check_int("since", since, 0)
     if summary is None:
-        summary = _empty_summary(kv, block_size, values, gate)
+        summary = _empty_summary(kv, block_size, values, gate, bounds)
         since = 0 if since is None else since
     else:
         check_summary(summary, kv, block_size, values=values)
         if gate is not None and summary.gate is None:
             raise fail("summary", "a summary with gate keys (summarize(..., gate=selector))", "gate=None")
+        if bounds and summary.k_bounds is None:
+            raise fail("summary", "a summary with bounds (summarize(..., bounds=True))", "k_bounds=None")
     refresh(kv, batch, summary, since, chosen)
     return summary
 
@@ -106,14 +112,21 @@ def refresh(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: Tensor 
         else:
             from compactattn._numba.gate import update_gate
         update_gate(kv, batch, summary.gate, summary.unit, since)
+    if summary.k_bounds is not None:
+        if backend == "triton":
+            from compactattn._triton.bounds import update_bounds
+        else:
+            from compactattn._numba.bounds import update_bounds
+        update_bounds(kv, batch, summary.k_bounds, summary.unit, since)
 
 
-def _empty_summary(kv: PagedKV, block_size: int, values: bool, gate: SeerGate | None) -> KVSummary:
+def _empty_summary(kv: PagedKV, block_size: int, values: bool, gate: SeerGate | None, bounds: bool) -> KVSummary:
     unit = min(kv.page_size, block_size)
     shape = (kv.k.shape[0], kv.page_size // unit, kv.num_kv_heads, kv.head_dim)
     k_mean = torch.zeros(shape, dtype=torch.float32, device=kv.k.device)
     keys = None if gate is None else empty_gate_keys(kv, unit, gate)
-    return KVSummary(k_mean, torch.zeros_like(k_mean) if values else None, unit, keys)
+    k_bounds = torch.zeros((*shape[:3], 2 * kv.head_dim), dtype=torch.float32, device=kv.k.device) if bounds else None
+    return KVSummary(k_mean, torch.zeros_like(k_mean) if values else None, unit, keys, k_bounds)
 
 
 def empty_gate_keys(kv: PagedKV, unit: int, gate: SeerGate) -> GateKeys:

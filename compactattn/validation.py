@@ -231,7 +231,7 @@ def check_summary(
     check_same_device(f"{name}.k_mean", summary.k_mean, kv.k.device)
     if summary.v_mean is not None:
         check_same_device(f"{name}.v_mean", summary.v_mean, kv.k.device)
-    for part, means in (("k_mean", summary.k_mean), ("v_mean", summary.v_mean)):
+    for part, means in (("k_mean", summary.k_mean), ("v_mean", summary.v_mean), ("k_bounds", summary.k_bounds)):
         if means is not None:
             check_contiguous(f"{name}.{part}", means)
     if summary.gate is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import streamlit as st
 
-from compactattn import Dense, FlashPrefill, Oracle, SeerGate, Selector, XAttention
+from compactattn import Dense, FlashPrefill, KeyBounds, Oracle, SeerGate, Selector, XAttention
 from compactattn.validation import BLOCK_SIZES, QUERY_BLOCKS
 from inspector import cached, model
 from inspector.files import GateWeights, Recorded
@@ -16,7 +16,7 @@ from inspector.sources import About, Place, Source
 from inspector.widgets import BOUND, UndecidedError, ask_file, choose
 
 WHOLE = "chunk"
-_SELECTED = {"FlashPrefill": FlashPrefill, "XAttention": XAttention, "Oracle": Oracle}
+_SELECTED = {"FlashPrefill": FlashPrefill, "KeyBounds": KeyBounds, "XAttention": XAttention, "Oracle": Oracle}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ _THRESHOLDS = tuple(float(f"{digit}e-{power}") for power in (5, 4, 3, 2, 1) for 
 PARAMETERS = {
     "FlashPrefill": Parameter(
         "alpha", "alpha", 0.1, (0.005, 0.01, 0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 0.9)
+    ),
+    "KeyBounds": Parameter(
+        "threshold", "bounds_threshold", 0.1, (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8)
     ),
     "XAttention": Parameter("threshold", "threshold", 0.9, (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99)),
     "Oracle": Parameter("mass", "mass", 0.95, (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)),

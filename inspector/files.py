@@ -113,7 +113,7 @@ class GateWeights(ChosenFile):
     The file that ships was distilled for the model and the layers of the sample, never on the sample's own text, by
 
         python -m benchmarks.testbed.train_gate --device cpu --layers 2,4 --length 4096 --minutes 35 --log-every 5 \\
-            --out inspector/gate
+            --out inspector
 
     `seer_gate.json` beside it is the record of that run. A new model or a new sample needs a new gate.
     """

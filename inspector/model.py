@@ -17,7 +17,7 @@ from compactattn import BlockTable, KVSummary, SeerGate, SelectionMask, Selector
 from compactattn._numba.threads import run_each
 from compactattn.quality import DensityCascade, density_cascade
 from compactattn.selection import block_rules
-from compactattn.selectors import FlashPrefill
+from compactattn.selectors import FlashPrefill, KeyBounds
 from compactattn.union import span_blocks
 from inspector.sources import Step
 
@@ -138,11 +138,11 @@ class Reading:
 
 
 def make_summary(step: Step, selector: Selector) -> KVSummary | None:
-    """What an engine keeps beside the cache for a selector, key means or pooled keys; None where it needs nothing."""
-    gate = selector if isinstance(selector, SeerGate) else None
-    if gate is None and not isinstance(selector, FlashPrefill):
+    """What an engine keeps beside the cache for a selector, key means, bounds or pooled keys; None for the others."""
+    if not isinstance(selector, (FlashPrefill, KeyBounds, SeerGate)):
         return None
-    return summarize(step.kv, step.batch, block_size=selector.block_size, gate=gate)
+    gate, bounds = selector if isinstance(selector, SeerGate) else None, isinstance(selector, KeyBounds)
+    return summarize(step.kv, step.batch, block_size=selector.block_size, gate=gate, bounds=bounds)
 
 
 def visible_blocks(step: Step, selector: Selector) -> np.ndarray:

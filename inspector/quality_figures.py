@@ -14,6 +14,7 @@ from inspector.style import BLUE, GREY, METHOD_COLORS, ORANGE, RED
 _MARKERS = {
     "block table": "o",
     "FlashPrefill": "o",
+    "KeyBounds": ">",
     "XAttention": "s",
     "Oracle": "^",
     "SeerGate": "v",

@@ -20,6 +20,7 @@ PADDING = {"left": 2, "right": 6, "top": 2, "bottom": 4}  # of a chart, in pixel
 METHOD_COLORS = {
     "block table": BLUE,
     "FlashPrefill": BLUE,
+    "KeyBounds": SKY,
     "XAttention": GREEN,
     "Oracle": PURPLE,
     "SeerGate": ORANGE,
@@ -29,6 +30,7 @@ METHOD_COLORS = {
 METHOD_SHAPES = {
     "block table": "circle",
     "FlashPrefill": "circle",
+    "KeyBounds": "triangle-right",
     "XAttention": "square",
     "Oracle": "triangle-up",
     "SeerGate": "triangle-down",

@@ -7,7 +7,7 @@ import math
 import torch
 
 from compactattn.data import KVSummary, PagedKV, PrefillBatch, SelectionMask
-from compactattn.selectors import Dense, FlashPrefill, Oracle, SeerGate, Selector, XAttention
+from compactattn.selectors import Dense, FlashPrefill, KeyBounds, Oracle, SeerGate, Selector, XAttention
 from reference.gate import gate_probabilities
 from reference.requests import Request, requests, tokens
 from reference.summary import summarize
@@ -30,6 +30,8 @@ def select(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(selector, FlashPrefill):
         scores = flash_prefill_scores(q, kv, batch, selector, scale=scale, summary=summary)
+    elif isinstance(selector, KeyBounds):
+        scores = key_bounds_scores(q, kv, batch, selector, scale=scale, summary=summary)
     elif isinstance(selector, SeerGate):
         scores = gate_probabilities(q, kv, batch, selector, summary=summary)
     elif isinstance(selector, (XAttention, Oracle)):
@@ -58,6 +60,9 @@ def _keep(scores: torch.Tensor, forced: torch.Tensor, selector: Selector) -> tor
         log_alpha = math.log(selector.alpha) if selector.alpha > 0 else -math.inf
         scored = scores > -math.inf
         return (scored & (scores >= scores.max() + log_alpha)) | forced
+    if isinstance(selector, KeyBounds):
+        log_threshold = math.log(selector.threshold) if selector.threshold > 0 else -math.inf
+        return ((scores > -math.inf) & (scores >= log_threshold)) | forced
     if isinstance(selector, SeerGate):
         return (scores > selector.threshold) | forced
     if isinstance(selector, XAttention):
@@ -112,6 +117,55 @@ def flash_prefill_scores(
             s = s.masked_fill(position[:, None] < ends, -math.inf)
             log_s[request.index, :, i, :complete] = s.logsumexp(dim=1)
     return log_s
+
+
+def key_bounds_scores(
+    q: torch.Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    selector: KeyBounds,
+    *,
+    scale: float,
+    summary: KVSummary | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """max over the rows r of i of log p(r, j), [B, Hq, Qb, Kb]; -inf where no row stands at or after j's last token.
+
+    p(r, .) = softmax over the blocks that row r scores of u(r, j) = sum over d of max(x_d kmin_d, x_d kmax_d), where
+    x = scale * q_r.
+    """
+    block_size, group = selector.block_size, q.shape[1] // kv.k.shape[2]
+    q_blocks, kv_blocks = -(-batch.max_q_len // selector.query_block), -(-batch.max_seq_len // block_size)
+    shape = (len(batch.seq_lens), q.shape[1], q_blocks, kv_blocks)
+    log_p = torch.full(shape, -math.inf, dtype=dtype, device=q.device)
+    if summary is None or summary.k_bounds is None:
+        summary = summarize(kv, batch, block_size=block_size, bounds=True)
+    for request in requests(batch):
+        complete = request.seq_len // block_size
+        largest, smallest = block_bounds(summary, kv, request, complete, block_size).to(q.dtype).to(dtype).chunk(2, -1)
+        for i, queries in enumerate(request.query_blocks(selector.query_block)):
+            for r in queries:
+                scored = (request.past_len + r + 1) // block_size
+                if scored == 0:
+                    continue
+                row = q[request.start + r].to(dtype) * scale
+                for h in range(q.shape[1]):
+                    high, low = largest[:scored, h // group], smallest[:scored, h // group]
+                    share = torch.maximum(row[h] * high, row[h] * low).sum(-1).log_softmax(0)
+                    best = log_p[request.index, h, i, :scored]
+                    log_p[request.index, h, i, :scored] = torch.maximum(best, share)
+    return log_p
+
+
+def block_bounds(summary: KVSummary, kv: PagedKV, request: Request, blocks: int, block_size: int) -> torch.Tensor:
+    """Largest, then smallest key of each dimension of a request's first blocks, float32 [blocks, Hkv, 2 D]."""
+    assert summary.k_bounds is not None
+    per_page = kv.k.shape[1] // summary.unit
+    units = torch.arange(blocks * (block_size // summary.unit), device=kv.k.device)
+    pages = kv.page_table[request.index].long()[units // per_page]
+    bounds = summary.k_bounds[pages, units % per_page].unflatten(0, (blocks, block_size // summary.unit))
+    largest, smallest = bounds.chunk(2, dim=-1)
+    return torch.cat((largest.amax(1), smallest.amin(1)), dim=-1)
 
 
 def block_means(summary: KVSummary, kv: PagedKV, request: Request, blocks: int, block_size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Means of the cached keys and values."""
+"""Means of the cached keys and values, and bounds on the keys."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def summarize(
     since: torch.Tensor | int | None = None,
     summary: KVSummary | None = None,
     gate: SeerGate | None = None,
+    bounds: bool = False,
 ) -> KVSummary:
     """Recompute whole every unit that holds a position in [since, seq_len), over slots below seq_len only.
 
-    `since` defaults to 0 for a new summary and to past_len for one that is brought up to date in place. With `gate`, a
-    new summary also holds what that selector needs; a given one is extended by whatever it holds.
+    `since` defaults to 0 for a new summary and to past_len for one that is brought up to date in place. With `gate`
+    or `bounds`, a new summary also holds what SeerGate or KeyBounds needs; a given one is extended by what it holds.
     """
     num_pages, page_size, kv_heads, dim = kv.k.shape
     unit = min(page_size, block_size)
@@ -34,7 +35,8 @@ def summarize(
         if gate is not None:
             pooled = torch.zeros((*shape[:3], 3 * dim), dtype=torch.float32, device=kv.k.device)
             keys = GateKeys(pooled, gate.inv_freq.float(), gate.rope_scale)
-        summary = KVSummary(k_mean, torch.zeros_like(k_mean) if values else None, unit, keys)
+        k_bounds = torch.zeros((*shape[:3], 2 * dim), dtype=torch.float32, device=kv.k.device) if bounds else None
+        summary = KVSummary(k_mean, torch.zeros_like(k_mean) if values else None, unit, keys, k_bounds)
     for request in requests(batch):
         first = request.past_len if since is None else int(since if isinstance(since, int) else since[request.index])
         if first >= request.seq_len:
@@ -46,6 +48,9 @@ def summarize(
             summary.k_mean[page, slot] = tokens("k", kv, request, positions).float().mean(0)
             if summary.v_mean is not None:
                 summary.v_mean[page, slot] = tokens("v", kv, request, positions).float().mean(0)
+            if summary.k_bounds is not None:
+                keys = tokens("k", kv, request, positions).float()
+                summary.k_bounds[page, slot] = torch.cat((keys.amax(0), keys.amin(0)), dim=-1)
             if summary.gate is not None:
                 keys = tokens("k", kv, request, positions).transpose(0, 1)
                 summary.gate.pooled[page, slot] = pooled_keys(keys, positions, summary.gate)

@@ -95,6 +95,19 @@ class Server:
         self.process.wait(20)
 
 
+def ends_a_run(frame: str | bytes) -> bool:
+    """Whether a message of Streamlit's server says that a script ran to its end."""
+    from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+
+    if isinstance(frame, str):
+        return False
+    message = ForwardMsg.FromString(frame)
+    return message.WhichOneof("type") == "script_finished" and message.script_finished in (
+        ForwardMsg.FINISHED_SUCCESSFULLY,
+        ForwardMsg.FINISHED_WITH_COMPILE_ERROR,
+    )
+
+
 class Reader:
     """One tab, and everything that went wrong in it."""
 
@@ -104,9 +117,13 @@ class Reader:
         self.context = browser.new_context(viewport=size, color_scheme=theme, accept_downloads=True)
         self.tab = self.context.new_page()
         self.tab.set_default_timeout(150_000)
+        self.tab.on("websocket", self._follow)
         self.tab.on("console", lambda message: self._note(message.type, message.text, message.location.get("url", "")))
         self.tab.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
         self.tab.on("request", lambda request: self._check_address(request.url))
+
+    def _follow(self, socket: Any) -> None:
+        self.server_socket = socket
 
     def _note(self, kind: str, text: str, url: str) -> None:
         # On a deep link, Streamlit's own page looks for its server below the page's path first.
@@ -146,8 +163,13 @@ class Reader:
                 window.began = performance.now();
             }"""
         )
-        action()
-        self.tab.wait_for_function("() => window.idle !== null", polling=20)
+        with self.server_socket.expect_event("framereceived", ends_a_run):
+            action()
+        # Where the messages of a short run arrive together, the page draws its end only and never says that it ran.
+        self.tab.evaluate("() => { window.heard = performance.now(); }")
+        self.tab.wait_for_function(
+            "() => window.idle !== null || (!window.ran && performance.now() > window.heard + 1000)", polling=20
+        )
         return self.tab.evaluate(
             """() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(
                 () => done((performance.now() - window.began) / 1000))))"""

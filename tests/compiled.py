@@ -23,7 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from compactattn import BlockTable, FlashPrefill, KVSummary, Oracle, PagedKV, PrefillBatch
+from compactattn import BlockTable, FlashPrefill, KeyBounds, KVSummary, Oracle, PagedKV, PrefillBatch
 from compactattn.features import Features
 from compactattn.selection import BlockScores
 
@@ -49,7 +49,18 @@ class AbsentGPU:
 
 def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
     """Call one of the backend's launchers on tensors of the given shape."""
-    from compactattn._triton import attention, block_mass, density, launch, merge, scores, summary, table, union
+    from compactattn._triton import (
+        attention,
+        block_mass,
+        bound_scores,
+        density,
+        launch,
+        merge,
+        scores,
+        summary,
+        table,
+        union,
+    )
 
     launch.capability = lambda _: divmod(arch, 10)  # the overlap of launches
     dtype = getattr(torch, p.get("dtype", "bfloat16"))
@@ -93,6 +104,8 @@ def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
     elif launcher == "update":
         means = KVSummary(torch.empty(pages, page_size // unit, kv_heads, dim), None, unit)
         summary.update_summary(kv, batch, means, None)
+    elif launcher == "bounds":  # of units, from the cache, then of blocks, then scores
+        bound_scores.key_bounds_scores(q, kv, batch, KeyBounds(**names), scale=dim**-0.5, summary=None)
     elif launcher == "table":
         log_s = torch.zeros(1, q.shape[1], q_blocks, kv_blocks)
         found = BlockScores(log_s, torch.zeros(1, q.shape[1], q_blocks, math.ceil(kv_blocks / 128)))

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compactattn import BlockTable, FlashPrefill, Oracle, SeerGate, Selector, XAttention
+from compactattn import BlockTable, FlashPrefill, KeyBounds, Oracle, SeerGate, Selector, XAttention
 from compactattn.features import PLAIN, Features
 from tests.strategies import Step, ceil_div
 
@@ -201,6 +201,8 @@ def decide(step: Step, selector: Selector, visible: Tensor, forced: Tensor, scal
                 continue
             if isinstance(selector, FlashPrefill):
                 kept, unsure = _threshold_rule(step, selector, b, h, span, scale)
+            elif isinstance(selector, KeyBounds):
+                kept, unsure = _bounds_rule(step, selector, b, h, span, scale)
             elif isinstance(selector, SeerGate):
                 kept, unsure = _gate_rule(step, selector, b, h, span, blocks)
             else:
@@ -245,6 +247,38 @@ def _threshold_rule(
     rivals = log_s - log_s[best] + error + error[best] >= 0
     unsure[best] &= int(rivals.sum()) > 1  # alone at the top, it is kept at any alpha up to 1
     return scored & (log_s >= threshold), unsure
+
+
+def _bounds_rule(step: Step, selector: KeyBounds, b: int, h: int, span: slice, scale: float) -> tuple[Tensor, Tensor]:
+    """KeyBounds over the complete blocks of one request, for one head and query block.
+
+    The bounds themselves are exact, but for one rounding of those of an FP8 cache. A row's u is off by the rounding of
+    2 D products and sums and of two scalings, its log-sum-exp by the largest of these and by a sum over blocks in any
+    order.
+    """
+    g = step.geometry
+    size, complete = g.block_size, g.seq_lens[b] // g.block_size
+    if complete == 0:
+        return torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
+    q = step.q[span, h].double().cpu() * scale
+    first = g.past_lens[b] + span.start - g.starts[b]
+    k = step.keys[b][: complete * size, h // g.group].double().cpu().view(complete, size, -1)
+    largest, smallest = (x.to(g.dtype).double() for x in (k.amax(1), k.amin(1)))
+    u = torch.maximum(q[:, None] * largest, q[:, None] * smallest).sum(-1)
+    reach = torch.maximum((q[:, None] * largest).abs(), (q[:, None] * smallest).abs()).sum(-1)
+    position = torch.arange(first, first + len(q))
+    unseen = position[:, None] < torch.arange(1, complete + 1) * size - 1
+    u, u_error = u.masked_fill(unseen, -math.inf), ((2 * g.dim + 4) * ROUNDING * reach).masked_fill(unseen, 0.0)
+    total = u.logsumexp(1, keepdim=True)
+    share = (u - torch.where(total > -math.inf, total, 0.0)).amax(0)
+    spread = (u.amax(1, keepdim=True) - u).masked_fill(unseen, 0.0)
+    magnitude = u.abs().masked_fill(unseen, 0.0).amax(1, keepdim=True)
+    error = (u_error + u_error.amax(1, keepdim=True) + (complete + 8 + spread + 4 * magnitude) * ROUNDING).amax(0)
+    scored = share > -math.inf
+    if selector.threshold == 0:
+        return scored, torch.zeros_like(scored)
+    threshold = math.log(selector.threshold)
+    return scored & (share >= threshold), scored & ((share - threshold).abs() <= error + 2 * abs(threshold) * ROUNDING)
 
 
 def unrotated(x: Tensor, position: Tensor, selector: SeerGate) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from compactattn import (
     BlockTable,
     Dense,
     FlashPrefill,
+    KeyBounds,
     Oracle,
     PagedKV,
     PrefillBatch,
@@ -403,6 +404,11 @@ def flash_prefill(
 
 
 @st.composite
+def key_bounds(draw: st.DrawFn, g: Geometry) -> KeyBounds:
+    return KeyBounds(threshold=draw(st.sampled_from((0.0, 0.05, 0.1, 0.3, 0.9))), **draw(common_rules(g)))
+
+
+@st.composite
 def common_rules(draw: st.DrawFn, g: Geometry) -> dict[str, int]:
     """The fields that every selector has."""
     return {
@@ -434,17 +440,19 @@ def seer_gate(draw: st.DrawFn, g: Geometry, device: str = "cpu") -> SeerGate:
     )
 
 
-KINDS = ("flash", "flash", "flash", "xattention", "mass", "top_k", "dense")
+KINDS = ("flash", "flash", "flash", "bounds", "xattention", "mass", "top_k", "dense")
 
 
 @st.composite
 def selectors(
     draw: st.DrawFn, g: Geometry, kinds: tuple[str, ...] = KINDS
-) -> FlashPrefill | XAttention | Oracle | Dense:
+) -> FlashPrefill | KeyBounds | XAttention | Oracle | Dense:
     """Any selector, FlashPrefill more often than the others."""
     kind = draw(evenly(kinds))
     if kind == "flash":
         return draw(flash_prefill(g))
+    if kind == "bounds":
+        return draw(key_bounds(g))
     rules = draw(common_rules(g))
     if kind == "xattention":
         return XAttention(

@@ -28,10 +28,10 @@ import compactattn
 from compactattn import DensityCounters, check, grouping_of
 from compactattn.data import BlockTable, GroupMask, KVSummary, PagedKV, PrefillBatch, SelectionMask
 from compactattn.dispatch import resolve_backend
-from compactattn.selectors import Dense, FlashPrefill, Oracle, XAttention
+from compactattn.selectors import Dense, FlashPrefill, KeyBounds, Oracle, XAttention
 from tests.strategies import WILD, poison_tails
 
-SELECTORS = (FlashPrefill, XAttention, Oracle, Dense)
+SELECTORS = (FlashPrefill, KeyBounds, XAttention, Oracle, Dense)
 STAGES = ("summarize", "select", "unite", "build_table", "attend", "prefill", "select_table")
 Q_STAGES = ("select", "attend", "prefill", "select_table")
 KV_STAGES = ("summarize", *Q_STAGES)
@@ -344,7 +344,9 @@ STAGE_CASES = [
     *on(KV_STAGES, "requests", {"batch": lens([5], [9])}, "kv.page_table", "1 rows", "2 rows"),
     *on(KV_STAGES, "bound", {"batch": lens([1, 1], [9, 209])}, "batch.max_seq_len", "208", "209"),
     *on(Q_STAGES, "scale", {"scale": math.nan}, "scale", "a number from -1.70141e+38", "nan"),
-    *on(("select", *FUSED), "name", {"selector": "dense"}, "selector", "FlashPrefill, XAttention", "'dense'"),
+    *on(
+        ("select", *FUSED), "name", {"selector": "dense"}, "selector", "FlashPrefill, KeyBounds, XAttention", "'dense'"
+    ),
     *on(("summarize",), "block", {"block_size": 96}, "block_size", "one of 64, 128, 256", "96"),
     *on(SUMMARY_STAGES, "unit", {"summary": make_summary(unit=64)}, "summary", "unit 16 = min", "64"),
     *on(SUMMARY_STAGES, "pages", means(9), "summary.k_mean", "shape (26, 1, 1, 64)", "(9, 1, 1, 64)"),

@@ -22,8 +22,8 @@ D64 = {"dtype": "float16", "dim": 64, "page": 64, "block": 64}
 #: the general attention kernel: pages through TMA (sm_90 and up) or by pointers, head dimensions, IEEE float32
 ATTEND: list[Problem] = [("attend", p) for p in ({}, D64, {"dim": 256}, {"dtype": "float32"})]
 SMALL_PAGES: list[Problem] = [("attend", {"page": 16})]  # by pointers on every GPU; before sm_90 the same as {}
-SELECT: list[Problem] = [(stage, {}) for stage in ("scores", "update", "pooled", "union", "table")]
-SELECT.append(("table", {"heads": "auto", "span": "auto"}))
+SELECT: list[Problem] = [(stage, {}) for stage in ("scores", "bounds", "update", "pooled", "union", "table")]
+SELECT += [("table", {"heads": "auto", "span": "auto"}), ("bounds", {"dtype": "float32"}), ("bounds", {"dim": 256})]
 
 #: what models ask for beside plain attention, in FP8, each variant a kernel of its own; and the small kernels beside
 MODEL: dict[str, Any] = {"softcap": 30.0, "window": 1000, "sinks": True}
@@ -34,6 +34,9 @@ FEATURES += [("update", {"fp8": True}), ("merge", {}), ("density", {"window": 10
 #: bounds are what so many programs at once leave, and spills none where measurement does not say otherwise.
 BOUNDS = {
     "_scores_kernel": (255, 0),  # 128 threads, 2 programs, as its tiles of shared memory allow
+    "_key_bounds_kernel": (255, 32),  # 256 threads, 1 program; float32 spills 28 bytes with Triton 3.6, and for sm_100
+    "_unit_bounds_kernel": (128, 0),  # 128 threads, 4 programs; 256 threads for float32 and large heads
+    "_block_bounds_kernel": (32, 0),  # 64 threads, as many programs as an SM takes
     "_unit_means_kernel": (96, 0),  # 128 threads, 5 programs
     "_block_means_kernel": (32, 0),  # 32 threads, as many programs as an SM takes
     "_unite_kernel": (128, 0),  # 128 threads, 4 programs

@@ -15,7 +15,7 @@ from compactattn.integrations.engine_settings import parse_settings
 from compactattn.settings import Settings, save_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/transformers.md", "docs/vllm.md")
+DOCUMENTS = ("README.md", "docs/transformers.md", "docs/vllm.md", "docs/sglang.md")
 
 
 def commands() -> Iterator[list[str]]:
@@ -36,11 +36,12 @@ def test_commands_in_documents_are_taken() -> None:
         assert cli._parser().parse_args(words[1:]).command == words[1]
 
 
-def test_plugin_settings_in_documents_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("argument", ["--additional-config", "--json-model-override-args"])
+def test_plugin_settings_in_documents_are_taken(argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     held = Settings(selector={0: FlashPrefill(), 3: Dense()}, heads_per_group=1, query_blocks_per_span=1)
     save_settings("settings.json", held)
-    given = [words[words.index("--additional-config") + 1] for words in commands() if "--additional-config" in words]
+    given = [words[words.index(argument) + 1] for words in commands() if argument in words]
     options = [json.loads(text)["compactattn"] for text in given]
     assert {key for its in options for key in its} >= {"alpha", "settings", "dense_keys", "dense_layers"}
     for its in options:
@@ -70,3 +71,10 @@ def test_documents_name_the_versions_that_the_package_names(engine: str, places:
     pinned = re.search(rf"^{engine.lower()}==(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     if pinned is not None:
         assert [major, minor] <= [int(part) for part in pinned.groups()] <= newest
+
+
+def test_documents_name_the_one_version_of_sglang_that_the_package_names() -> None:
+    (version,) = re.findall(r'"sglang==([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for place in ("README.md", "docs/sglang.md", "compactattn/integrations/sglang.py", "tests/sglang/run"):
+        text = (ROOT / place).read_text(encoding="utf-8")
+        assert set(re.findall(r"\b0\.5\.\d+\b", text)) == {version}, place

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compactattn import Dense, FlashPrefill, Oracle, XAttention
+from compactattn import Dense, FlashPrefill, KeyBounds, Oracle, XAttention
 from compactattn.integrations.engine_settings import (
     DENSE_KEYS,
     OF_THE_MODEL,
@@ -116,7 +116,7 @@ def test_a_selector_beside_a_file_is_refused_by_name(path: str, own: dict[str, A
 
 def test_every_setting_is_either_of_the_selector_or_of_the_model() -> None:
     assert sorted(SETTINGS) == sorted([*OF_THE_SELECTOR, *OF_THE_MODEL, "settings"])
-    of_selectors = {name for kind in (FlashPrefill, XAttention, Dense) for name in kind.__dataclass_fields__}
+    of_selectors = {name for kind in (FlashPrefill, KeyBounds, XAttention, Dense) for name in kind.__dataclass_fields__}
     assert of_selectors - {"dense_last_blocks"} == {*OF_THE_SELECTOR, "dense_keys", "dense_queries"} - {"selector"}
 
 
@@ -156,8 +156,14 @@ def test_layers_that_cannot_share_a_plan_are_refused_by_name(
     [
         ([], r"options: expected a JSON object, got list"),
         ({"alhpa": 0.1}, r"options: expected settings among selector, alpha, .*, settings, got 'alhpa'"),
-        ({"selector": "seer"}, r"options: selector: expected one of flashprefill, xattention, dense, got 'seer'"),
-        ({"selector": ["dense"]}, r"selector: expected one of flashprefill, xattention, dense, got \['dense'\]"),
+        (
+            {"selector": "seer"},
+            r"options: selector: expected one of flashprefill, keybounds, xattention, dense, got 'seer'",
+        ),
+        (
+            {"selector": ["dense"]},
+            r"selector: expected one of flashprefill, keybounds, xattention, dense, got \['dense'\]",
+        ),
         ({"alpha": 1.5}, r"options: alpha: expected a number from 0 to 1, got 1.5"),
         ({"threshold": 0.9}, r"threshold: expected a parameter of flashprefill \(alpha, .*\), got 0.9"),
         ({"selector": "dense", "alpha": 0.1}, r"alpha: expected a parameter of dense \(block_size, .*\), got 0.1"),

@@ -14,6 +14,7 @@ import reference
 from compactattn import (
     Dense,
     FlashPrefill,
+    KeyBounds,
     KVSummary,
     Oracle,
     PagedKV,
@@ -135,19 +136,23 @@ def new_scheduler(seed: int, page_size: int, drafts: int) -> Scheduler:
 
 def assert_means(summary: KVSummary, batch: Batch, exact: Tokens, page_size: int, values: bool) -> None:
     """Every complete unit of every request of the step has the mean of what its page holds, bit for bit."""
-    fresh = summarize(exact.kv, exact.batch, block_size=SIZES["block_size"], values=values)
+    bounds = summary.k_bounds is not None
+    fresh = summarize(exact.kv, exact.batch, block_size=SIZES["block_size"], values=values, bounds=bounds)
     for b, seq_len in enumerate(batch.seq_lens):
         pages = seq_len // page_size
         here, there = batch.page_table[b, :pages].long(), exact.kv.page_table[b, :pages].long()
         assert torch.equal(summary.k_mean[here], fresh.k_mean[there]), f"request {b}"
         if values:
             assert torch.equal(summary.v_mean[here], fresh.v_mean[there]), f"request {b}"
+        if summary.k_bounds is not None:
+            assert torch.equal(summary.k_bounds[here], fresh.k_bounds[there]), f"request {b}"
 
 
 FLASH = FlashPrefill(0.4, sink_blocks=1, window_blocks=1, **SIZES)
 TRACES = {
     "flashprefill": EngineSettings(FLASH, {}),
     "shared tables": EngineSettings(replace(FLASH, sink_blocks=0), {}, 2, None),
+    "keybounds": EngineSettings(KeyBounds(0.5, sink_blocks=1, window_blocks=1, **SIZES), {}),
     "xattention": EngineSettings(XAttention(0.5, **SIZES), {}),
     "oracle": EngineSettings(Oracle(mass=0.5, **SIZES), {}),
     "correction": EngineSettings(FLASH, {}, correction=True),
@@ -161,6 +166,7 @@ TRACES = {
         ("flashprefill", 16, "NHD", 0, 6),
         ("flashprefill", 64, "HND", 3, 10),
         ("shared tables", 32, "HND", 2, 55),
+        ("keybounds", 32, "HND", 0, 55),
         ("xattention", 32, "NHD", 0, 55),
         ("oracle", 64, "HND", 0, 55),
         ("correction", 64, "NHD", 0, 52),
@@ -173,7 +179,7 @@ def test_every_request_gets_what_it_gets_alone(name: str, page_size: int, layout
     settings = TRACES[name]
     scheduler = new_scheduler(seed, page_size, drafts)
     layer = Layer(LayerPlan(settings.of_layer(0), settings, DIM**-0.5), POOL // page_size, page_size, layout)
-    assert (layer.summary is not None) == (name in ("flashprefill", "shared tables", "correction"))
+    assert (layer.summary is not None) == (name in ("flashprefill", "shared tables", "keybounds", "correction"))
     planner = new_planner(settings, page_size, 1 + drafts)
     selector = replace(settings.of_layer(0), dense_queries=1 + drafts)
     steps = left_out = 0

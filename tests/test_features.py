@@ -11,7 +11,19 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from compactattn import BlockTable, Dense, FlashPrefill, Oracle, PagedKV, SeerGate, XAttention, attend, check, prefill
+from compactattn import (
+    BlockTable,
+    Dense,
+    FlashPrefill,
+    KeyBounds,
+    Oracle,
+    PagedKV,
+    SeerGate,
+    XAttention,
+    attend,
+    check,
+    prefill,
+)
 from compactattn.features import PLAIN, Features, named
 from tests.backends import INTERPRETER, NUMBA, REFERENCE, Backend, compose_table, for_all
 from tests.laws import live, table_sets
@@ -274,6 +286,7 @@ CHOOSY = Geometry((66, 1), (270, 140), kv_heads=2, group=2, page_size=32, dtype=
     "selector",
     [
         FlashPrefill(alpha=0.4, **RULES),
+        KeyBounds(threshold=0.2, **RULES),
         XAttention(threshold=0.6, stride=8, **RULES),
         Oracle(mass=0.6, **RULES),
         SeerGate(gate_weights(4, 64, 0), 10_000.0 ** -torch.linspace(0, 1, 32), threshold=0.1, **RULES),
@@ -289,9 +302,11 @@ def test_selection_over_fp8(backend: Backend, selector: Any) -> None:
         selector = replace(selector, weights=weights, inv_freq=frequencies)
     mask = backend.select(step.q, step.kv, step.batch, selector).mask
     assert_selection(step, selector, mask)
-    if isinstance(selector, (FlashPrefill, SeerGate)):
+    if isinstance(selector, (FlashPrefill, KeyBounds, SeerGate)):
         gate = selector if isinstance(selector, SeerGate) else None
-        summary = backend.summarize(step.kv, step.batch, block_size=64, gate=gate)
+        summary = backend.summarize(
+            step.kv, step.batch, block_size=64, gate=gate, bounds=isinstance(selector, KeyBounds)
+        )
         mask = backend.select(step.q, step.kv, step.batch, selector, summary=summary).mask
         assert_selection(step, selector, mask)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ pytest.importorskip("transformers", reason="the methods run inside a transformer
 from transformers import DynamicCache
 
 from benchmarks import machine
-from benchmarks.__main__ import main
+from benchmarks.__main__ import RESULTS, main
 from benchmarks.fidelity import answering, figure, findings, items, join, plans, probing, report, run
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, QUOKA, Preset, Row, Stage
@@ -27,8 +28,10 @@ from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed import model as models
 from benchmarks.testbed import train_gate
 from benchmarks.testbed.answers import decode, prefill
+from benchmarks.testbed.model import WEIGHTS_DIRECTORY
 from benchmarks.testbed.tasks import ANSWER_WORDS, END, QUESTION, TASKS, Example, TaskSource
 from benchmarks.testbed.train import write_record
+from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
 from compactattn import Oracle, select
 from tests.test_quality import step
 
@@ -342,9 +345,18 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
     # the last stages at 32K are the longest: what they have is what the goals ask for
     last = [row for stage, row in plan.cells() if (stage.context, stage.chunk, stage.last) == (32768, 1024, 512)]
     assert [row.name for row in last if row.kind != "library"] == [DENSE, "QUOKA: kv_ratio 0.15"]
-    assert {row.family for row in last} == {DENSE, CONTROL, QUOKA, plans.UNSHARED, plans.PAPER.format(4)}
+    ends_dense = {one + plans.LAST for one in (plans.SEER, plans.UNSHARED, plans.BOUNDS)}
+    selected = {plans.PAPER.format(4), plans.SEER, plans.BOUNDS}
+    assert {row.family for row in last} == {DENSE, CONTROL, QUOKA} | selected | ends_dense
     swept = {row.family for row in plan.rows if row.parameter}
-    assert swept >= {QUOKA, plans.UNSHARED, "XAttention unshared", "SeerAttention unshared", "Oracle unshared"}
+    assert swept >= {
+        QUOKA,
+        plans.UNSHARED,
+        plans.BOUNDS,
+        "XAttention unshared",
+        "SeerAttention unshared",
+        "Oracle unshared",
+    }
     assert {plans.PAPER.format(heads) for heads in (1, 2, 4)} <= swept
     assert {row.dense_layers for row in plan.rows} == {0, 1, 2}
     assert any(row.settings.get("dense_last_blocks") for row in plan.rows)
@@ -616,10 +628,12 @@ ALIKE = ("kind", "schema", "preset", "protocol", "model", "corpus", "rows", "hid
 
 
 def halves(result: Path, out: Path, change: Callable[[Any], None] = lambda other: None) -> list[Path]:
-    """A result's cells in turn in two results, the second of them changed."""
+    """A result's cells in turn in two results of runs of their own, the second of them changed."""
     paths = [out / name for name in ("a.json", "b.json")]
     for n, path in enumerate(paths):
         half = json.loads(result.read_text())
+        for one in half["runs"]:
+            one["started"] += f" {n}"
         half["cells"] = half["cells"][n::2]
         if n:
             change(half)
@@ -675,9 +689,45 @@ def test_results_of_other_conditions_are_not_joined(
     assert not (tmp_path / "both").exists()
 
 
+def of_other_sources(other: Any, shared: list[Any]) -> None:
+    other["runs"][-1]["environment"] |= {"sources": "newer", "commit": "new"}
+    other["cells"] += shared
+
+
+def test_results_of_other_sources_that_answer_alike_are_joined(result: Path, tmp_path: Path) -> None:
+    """What both have measured must be the same to the digit, and be some of a library row's; then ours stays."""
+    whole = json.loads(result.read_text())
+    shared = [cell for cell in whole["cells"][::2] if whole["rows"][cell["row"]]["kind"] == "library"][:1]
+    again = [cell | {"seconds": 99.0} for cell in shared]
+    paths = halves(result, tmp_path, lambda other: of_other_sources(other, again))
+    joined = findings.load(join.join(paths, tmp_path / "both"))
+    assert len(joined["cells"]) == len(whole["cells"])
+    assert all(cell["seconds"] != 99.0 for cell in joined["cells"])
+    old = whole["runs"][-1]["environment"]["sources"]
+    label = f"{shared[0]['row']} at 512/128 items {shared[0]['first']}-{shared[0]['last']}"
+    assert joined["compared"] == [{"sources": [old, "newer"], "cells": [label]}]
+    assert joined["runs"][-1]["environment"]["sources"] == "newer"
+    text = report.markdown(joined, [])
+    assert "3 of commit new, sources newer. 1 cells were measured with both: same answers" in text
+    assert "were measured with both" not in report.markdown(whole, [])
+    third = halves(result, tmp_path / "both", lambda other: of_other_sources(other, []))[1]
+    once_more = findings.load(join.join([tmp_path / "both" / "fidelity-cpu.json", third], tmp_path / "again"))
+    assert once_more["compared"] == joined["compared"]
+    dense = [cell for cell in whole["cells"][::2] if whole["rows"][cell["row"]]["kind"] == "dense"]
+    alone = halves(result, tmp_path, lambda other: of_other_sources(other, dense))
+    with pytest.raises(ValueError, match=r"or one that has measured cells of a library row again, got .* 'newer'"):
+        join.join(alone, tmp_path)
+    for name in ("scores", "bits"):
+        other = json.loads(json.dumps(again))
+        other[0][name] = None
+        paths = halves(result, tmp_path, lambda its, other=other: of_other_sources(its, other))
+        with pytest.raises(ValueError, match=f"expected the same {name} from sources .* and 'newer', got others of "):
+            join.join(paths, tmp_path)
+
+
 def test_what_is_measured_twice_or_alone_is_not_joined(result: Path, tmp_path: Path) -> None:
     first = cell_of(result, 0)
-    for change in ({}, {"probes": 8}):
+    for change in ({"seconds": 99.0}, {"probes": 8}):
         paths = halves(result, tmp_path, lambda other, change=change: other["cells"].append(first | change))
         again = rf"expected each cell to be measured once, got {DENSE} at 512/128 items 0-2 again in .*b\.json"
         with pytest.raises(ValueError, match=again):
@@ -686,6 +736,28 @@ def test_what_is_measured_twice_or_alone_is_not_joined(result: Path, tmp_path: P
         join.join(paths[:1], tmp_path)
     with pytest.raises(FileNotFoundError, match="got no file"):
         join.join([*paths[:1], tmp_path / "absent.json"], tmp_path)
+    with pytest.raises(ValueError, match="join: expected different results, got one twice in"):
+        join.join([paths[0], tmp_path / "." / paths[0].name], tmp_path)
+    with pytest.raises(SystemExit):
+        main(["join", *map(str, paths), "--out", ""])
+
+
+def test_results_that_went_on_from_one_have_its_cells_and_runs_once(result: Path, tmp_path: Path) -> None:
+    whole = json.loads(result.read_text())
+    paths = []
+    for name, mine in (("a", 3), ("b", 4)):  # a base of three cells, and a run of its own with one more
+        its = json.loads(result.read_text())
+        its["runs"].append({**its["runs"][-1], "started": name})
+        its["cells"] = [*its["cells"][:3], its["cells"][mine] | {"run": len(its["runs"]) - 1}]
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(its))
+    joined = json.loads(join.join(paths, tmp_path / "both").read_text())
+    assert [one["started"] for one in joined["runs"]] == [*(one["started"] for one in whole["runs"]), "a", "b"]
+    assert [join.place(cell) for cell in joined["cells"]] == [join.place(cell) for cell in whole["cells"][:5]]
+    last = len(whole["runs"])
+    assert [cell["run"] for cell in joined["cells"][3:]] == [last, last + 1]
+    again = json.loads(join.join([paths[0], tmp_path / "both" / "fidelity-cpu.json"], tmp_path / "again").read_text())
+    assert (again["cells"], again["runs"]) == (joined["cells"], joined["runs"])
 
 
 def test_a_cell_that_failed_gives_way_to_one_that_did_not(result: Path, tmp_path: Path) -> None:
@@ -771,15 +843,22 @@ def failing(monkeypatch: pytest.MonkeyPatch, row: Row, error: Exception) -> None
     monkeypatch.setattr(run, "probe", lambda *_: {"density": {"sub_group_union": None}})
 
 
+def failed_run(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> tuple[run.Options, dict[str, Any]]:
+    """The options and the result of a run in which the control raises."""
+    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    failing(monkeypatch, ROWS[CONTROL], error)
+    options = run.Options("cpu", out, weights=place / "model", corpus=place / "corpus.zip")
+    assert run.run(options) == 1
+    return options, json.loads((out / "fidelity-cpu.json").read_text())
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), KeyError("name"), torch.OutOfMemoryError("2 GiB")], ids=repr)
 def test_a_row_that_fails_does_not_stop_the_others_and_is_tried_again_last(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    monkeypatch.setattr(run, "preset", lambda name: TINY)
-    failing(monkeypatch, ROWS[CONTROL], error)
-    options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip")
-    assert run.run(options) == 1
-    found = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    options, found = failed_run(place, tmp_path, monkeypatch, error)
     names = [(cell["row"], cell["first"]) for cell in found["cells"]]
     assert len(names) == len(set(names)) == 7
     bad = {(cell["row"], cell["first"]): cell["reason"] for cell in found["cells"] if cell["status"] == "failed"}
@@ -811,11 +890,7 @@ def test_a_row_that_fails_does_not_stop_the_others_and_is_tried_again_last(
 def test_a_lost_gpu_ends_the_run_with_what_was_measured(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(run, "preset", lambda name: TINY)
-    failing(monkeypatch, ROWS[CONTROL], error)
-    options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip")
-    assert run.run(options) == 1
-    found = json.loads((tmp_path / "fidelity-cpu.json").read_text())
+    options, found = failed_run(place, tmp_path, monkeypatch, error)
     assert [(cell["row"], cell["status"]) for cell in found["cells"]] == [(DENSE, "ok"), (CONTROL, "failed")]
     assert len(found["runs"][-1]["not_run"]) == 5
     failing(monkeypatch, GATED, error)
@@ -1127,6 +1202,23 @@ def test_leads_over_quoka_are_those_of_the_most_items() -> None:
     assert all(", n 20 |" in line or ", n 50 |" in line for line in words)
 
 
+def test_figures_draw_contexts_that_were_swept_and_dense_ends_dashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ending = plans.sweep(plans.UNSHARED + plans.LAST, "FlashPrefill", "alpha", {0.4: 1}, settings=plans.LAST_BLOCKS)[0]
+    result = made(lineup() | {ending.name: (ending, 0.2, 1.0)})
+    lone = [cell | {"context": 8192} for cell in result["cells"] if cell["row"] in (DENSE, UNSHARED.name)]
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure, "finish", lambda canvas, panels, *_, **options: drawn.extend(panels))
+    for cells, titled in ((result["cells"] + lone, ["16K"]), (lone, ["8K"])):
+        for draw in (figure.draw_accuracy, figure.draw_bits):
+            drawn.clear()
+            draw(result | {"cells": cells}, Path())
+            assert [panel.get_title().split(",")[0] for panel in drawn if panel.get_title()] == titled
+    figure.draw_accuracy(result, Path())
+    styles = {line.get_label(): (line.get_linestyle(), line.get_color()) for line in drawn[-2].lines}
+    assert styles[ending.family] == ("--", styles[UNSHARED.family][1])
+    assert styles[UNSHARED.family][0] == "-"
+
+
 def test_figures_and_tables_put_rows_of_other_items_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     result = made(lineup())
     cut(result, UNSHARED.name, 0, 30)
@@ -1149,6 +1241,17 @@ def test_figures_and_tables_put_rows_of_other_items_apart(monkeypatch: pytest.Mo
     assert heads == ["| greedy, items 0-40", "| greedy, items 30-40", "| greedy, items 0-30"] * 2
     pooled = [line for line in words.splitlines() if line.startswith("Chunk 1024, ")]
     assert [line.split("; ")[1] for line in pooled] == [f"16K items {one}" for one in ("0-40", "30-40", "0-30")]
+
+
+def test_the_committed_report_is_that_of_the_committed_result_and_model(tmp_path: Path) -> None:
+    path = RESULTS / "fidelity-h200.json"
+    written = report.write_report(path, tmp_path)
+    assert {one.name for one in written} == {one.name for one in RESULTS.glob("fidelity-h200*") if one != path}
+    assert written[0].read_text() == (RESULTS / written[0].name).read_text()
+    result = findings.load(path)
+    assert not any(cell["status"] == "failed" for cell in result["cells"])
+    for name, file in (("weights", "model.safetensors"), ("gate", GATE_FILE)):
+        assert result["model"][name] == hashlib.sha256((WEIGHTS_DIRECTORY / file).read_bytes()).hexdigest()[:16]
 
 
 def test_ranges_of_items_are_put_together() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import compactattn
 
-UNWANTED = ("streamlit", "transformers", "vllm", "matplotlib", "triton", "numba", "safetensors")
+UNWANTED = ("streamlit", "transformers", "vllm", "sglang", "matplotlib", "triton", "numba", "safetensors")
 INSPECT = f"""
 import sys
 import compactattn
@@ -65,4 +65,11 @@ def test_python_m_compactattn_info() -> None:
 def test_the_vllm_plugin_says_what_it_needs() -> None:
     (point,) = entry_points(group="vllm.general_plugins", name="compactattn")
     with pytest.raises(ImportError, match=r"needs vLLM 0\.31 to 0\.33, .*: pip install '\.\[vllm\]'"):
+        point.load()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="SGLang is installed")
+def test_the_sglang_plugin_says_what_it_needs() -> None:
+    (point,) = entry_points(group="sglang.srt.plugins", name="compactattn")
+    with pytest.raises(ImportError, match=r"needs SGLang 0\.5\.23, .*: pip install '\.\[sglang\]'"):
         point.load()

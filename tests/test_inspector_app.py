@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from compactattn import Dense, FlashPrefill, Oracle, XAttention
+from compactattn import Dense, FlashPrefill, KeyBounds, Oracle, XAttention
 from compactattn.capture import CapturedLayer, save_capture
 
 pytest.importorskip("streamlit")
@@ -62,6 +62,7 @@ def test_settings_stay_across_pages_and_reach_them(capture_file):
 @pytest.mark.parametrize(
     ("query", "selector"),
     [
+        ({"selector": "KeyBounds", "bounds_threshold": "0.3"}, KeyBounds(0.3, 1, 2, 64, 64)),
         ({"selector": "XAttention", "threshold": "0.5"}, XAttention(0.5, 16, 64, 64, 1, 2)),
         ({"selector": "Oracle", "mass": "0.4", "sink": "0"}, Oracle(0.4, None, 0, 2, 64, 64)),
         ({"selector": "Dense", "block": "128", "qblock": "128"}, Dense(128, 128)),
@@ -115,7 +116,7 @@ def test_the_first_chunk_has_no_past(capture_file, page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("selector", ["XAttention", "Oracle", "Dense"])
+@pytest.mark.parametrize("selector", ["KeyBounds", "XAttention", "Oracle", "Dense"])
 def test_every_page_takes_every_selector(capture_file, page, selector):
     fine(start(page, capture_file, selector=selector, share="1", span="1"))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compactattn import Dense, FlashPrefill, Oracle, SeerGate, XAttention
+from compactattn import Dense, FlashPrefill, KeyBounds, Oracle, SeerGate, XAttention
 from compactattn.capture import save_capture
 from tests.test_inspector import HEADS, PLACE, TOKENS, noise, setting
 
@@ -75,7 +75,7 @@ def run_python(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     return names
 
 
-@pytest.mark.parametrize("kind", ["FlashPrefill", "XAttention", "Oracle", "Dense", "SeerGate"])
+@pytest.mark.parametrize("kind", ["FlashPrefill", "KeyBounds", "XAttention", "Oracle", "Dense", "SeerGate"])
 def test_the_python_of_a_view_gives_its_table(tmp_path, monkeypatch, kind):
     save_capture(tmp_path / "noise.safetensors", noise())
     recorded = Recorded.from_path(str(tmp_path / "noise.safetensors"))
@@ -85,6 +85,7 @@ def test_the_python_of_a_view_gives_its_table(tmp_path, monkeypatch, kind):
     else:
         selector = {
             "FlashPrefill": FlashPrefill(alpha=0.6, sink_blocks=1, window_blocks=1, block_size=64, query_block=64),
+            "KeyBounds": KeyBounds(threshold=0.2, block_size=64),
             "XAttention": XAttention(threshold=0.5, block_size=64),
             "Oracle": Oracle(mass=0.5),
             "Dense": Dense(),

@@ -19,6 +19,7 @@ from compactattn import (
     Dense,
     DensityCounters,
     FlashPrefill,
+    KeyBounds,
     KVSummary,
     Oracle,
     PagedKV,
@@ -33,8 +34,10 @@ from tests.strategies import gate_weights
 RULES: dict[str, Any] = {"block_size": 64, "query_block": 64, "sink_blocks": 0, "window_blocks": 0}
 FLASH = FlashPrefill(alpha=0.7, dense_last_blocks=1, **RULES)
 GATE = SeerGate(gate_weights(4, 64, 0), 10_000.0 ** -torch.linspace(0, 1, 32), threshold=0.1, **RULES)
+BOUNDS = KeyBounds(threshold=0.3, **RULES)
 SELECTORS = (
     FLASH,
+    BOUNDS,
     XAttention(threshold=0.6, stride=8, **RULES),
     Oracle(mass=0.6, **RULES),
     Oracle(top_k=2, **RULES),
@@ -90,6 +93,7 @@ def calls() -> dict[str, tuple[str, dict[str, Any]]]:
     chosen = {"heads_per_group": "auto", "query_blocks_per_span": "auto"}
     means = compactattn.summarize(kv, batch, block_size=64, values=True)
     gate = compactattn.summarize(kv, batch, block_size=64, gate=GATE)
+    bounds = compactattn.summarize(kv, batch, block_size=64, bounds=True)
     selection = compactattn.select(q, kv, batch, FLASH)
     groups = compactattn.unite(selection, batch, heads_per_group=2)
     table = compactattn.build_table(groups)
@@ -104,6 +108,8 @@ def calls() -> dict[str, tuple[str, dict[str, Any]]]:
         "summarize": ("summarize", cache | {"since": None, "summary": means}),
         "summarize-since": ("summarize", cache | {"since": torch.tensor([5, 9], dtype=torch.int32), "summary": gate}),
         "select": ("select", step | plain | {"selector": FLASH, "summary": None}),
+        "summarize-bounds": ("summarize", cache | {"since": None, "summary": bounds}),
+        "select-bounds": ("select", step | plain | {"selector": BOUNDS, "summary": bounds}),
         "select-gate": ("select", step | plain | {"selector": GATE, "summary": gate}),
         "unite": ("unite", {"selection": selection, "batch": batch, "backend": None} | coarse),
         "unite-auto": ("unite", {"selection": selection, "batch": batch, "backend": None} | chosen),
@@ -176,7 +182,8 @@ def test_selectors_survive(selector: Any) -> None:
 def stages(q: Tensor, kv: PagedKV, batch: PrefillBatch, selector: Any) -> Any:
     """One stage after the other, records made and passed inside the graph."""
     gate = selector if isinstance(selector, SeerGate) else None
-    summary = compactattn.summarize(kv, batch, block_size=selector.block_size, values=True, gate=gate)
+    wanted = {"values": True, "gate": gate, "bounds": isinstance(selector, KeyBounds)}
+    summary = compactattn.summarize(kv, batch, block_size=selector.block_size, **wanted)
     selection = compactattn.select(q, kv, batch, selector, summary=summary)
     groups = compactattn.unite(selection, batch, heads_per_group=2)
     table = compactattn.build_table(groups)

@@ -190,8 +190,8 @@ def with_cache(**changes: Any) -> Step:
     return replace(step, kv=replace(step.kv, **changes))
 
 
-def summary_of(step: Step, values: bool) -> KVSummary:
-    return summarize(step.kv, step.batch, block_size=128, values=values)
+def summary_of(step: Step, values: bool, bounds: bool = False) -> KVSummary:
+    return summarize(step.kv, step.batch, block_size=128, values=values, bounds=bounds)
 
 
 OTHER_KINDS = {
@@ -216,6 +216,7 @@ OTHER_KINDS = {
     "strides of out": lambda: make_step(out=torch.zeros(4, 20, 64).transpose(0, 1)),
     "summary": lambda: make_step(summary=summary_of(make_step(), False)),
     "summary with values": lambda: make_step(summary=summary_of(make_step(), True)),
+    "summary with bounds": lambda: make_step(summary=summary_of(make_step(), False, True)),
 }
 
 
@@ -229,6 +230,18 @@ def test_kinds() -> None:
         assert make().kind() == kinds[name], name
     shorter = replace(PrefillBatch.from_lens([3], [40]), max_q_len=20, max_seq_len=60)
     assert make_step(batch=shorter, q=torch.ones(20, 4, 64)).kind() == kinds["the first"]
+
+
+@pytest.mark.parametrize("present", [(), ("values",), ("bounds",), ("values", "bounds")], ids=str)
+def test_every_tensor_of_a_summary_is_an_input(present: tuple[str, ...]) -> None:
+    """What a step brings up to date must be the caller's at every replay, never the first step's or scratch."""
+    step = make_step()
+    summary = summary_of(step, "values" in present, "bounds" in present)
+    held = [tensor for tensor in vars(summary).values() if isinstance(tensor, torch.Tensor)]
+    assert len(held) == 1 + len(present)
+    kind = kind_of_step(**vars(replace(step, summary=summary)))
+    assert kind is not None
+    assert {id(tensor) for tensor in held} <= {id(tensor) for tensor in kind.inputs}
 
 
 def fp8_cache() -> PagedKV:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from compactattn import Dense, FlashPrefill, KVSummary, Oracle, PagedKV, Selector, XAttention
+from compactattn import Dense, FlashPrefill, KeyBounds, KVSummary, Oracle, PagedKV, Selector, XAttention
 from tests.backends import REFERENCE, Backend, for_all
 from tests.laws import forced_and_visible
 from tests.numerics import block_mass, decide
@@ -21,6 +21,7 @@ from tests.strategies import (
     ceil_div,
     flash_prefill,
     geometries,
+    key_bounds,
     make_step,
     selectors,
 )
@@ -57,20 +58,69 @@ def test_flash_prefill(backend: Backend, g: Geometry, selector: FlashPrefill, sc
     assert_selection(step, selector, selection.mask, scale)
 
 
-@for_all(selector=flash_prefill)
-def test_flash_prefill_trusts_a_summary(backend: Backend, g: Geometry, selector: FlashPrefill) -> None:
-    """With a summary no key is read, and of the summary only the units of complete blocks."""
-    step = make_step(g, backend.device, coherent=True)
-    summary = backend.summarize(step.kv, step.batch, block_size=g.block_size)
+def units_of_complete_blocks(step: Step, summary: KVSummary) -> torch.Tensor:
+    """bool [num_pages, units per page]: what a selector may read of a summary."""
+    g = step.geometry
     needed = torch.zeros(summary.k_mean.shape[:2], dtype=torch.bool)
     per_page = g.page_size // summary.unit
     for b in g.requests:
         for n in range(g.seq_lens[b] // g.block_size * (g.block_size // summary.unit)):
             needed[int(step.kv.page_table[b, n // per_page]), n % per_page] = True
+    return needed
+
+
+@for_all(selector=flash_prefill)
+def test_flash_prefill_trusts_a_summary(backend: Backend, g: Geometry, selector: FlashPrefill) -> None:
+    """With a summary no key is read, and of the summary only the units of complete blocks."""
+    step = make_step(g, backend.device, coherent=True)
+    summary = backend.summarize(step.kv, step.batch, block_size=g.block_size)
+    needed = units_of_complete_blocks(step, summary)
     means = summary.k_mean.masked_fill(~needed.to(backend.device)[..., None, None], math.nan)
     nothing = PagedKV(*(torch.full_like(c, math.nan) for c in (step.kv.k, step.kv.v)), step.kv.page_table)
     mask = backend.select(step.q, nothing, step.batch, selector, summary=KVSummary(means, None, summary.unit)).mask
     assert_selection(step, selector, mask)
+
+
+@for_all(examples=1.5, selector=key_bounds, scale=st.sampled_from((None, None, 0.02, 0.5, -0.1)))
+def test_key_bounds(backend: Backend, g: Geometry, selector: KeyBounds, scale: float | None) -> None:
+    """Blocks whose bound takes at least the threshold of some row's softmax over the complete blocks behind it."""
+    step = make_step(g, backend.device, coherent=True)
+    selection = backend.select(step.q, step.kv, step.batch, selector, scale=scale)
+    assert_selection(step, selector, selection.mask, scale)
+
+
+@for_all(examples=0.6, selector=key_bounds)
+def test_key_bounds_trust_a_summary(backend: Backend, g: Geometry, selector: KeyBounds) -> None:
+    """With bounds in the summary no key is read, no mean, and of the bounds only those of complete blocks."""
+    step = make_step(g, backend.device, coherent=True)
+    summary = backend.summarize(step.kv, step.batch, block_size=g.block_size, bounds=True)
+    assert summary.k_bounds is not None
+    needed = units_of_complete_blocks(step, summary).to(backend.device)[..., None, None]
+    means = torch.full_like(summary.k_mean, math.nan)
+    bounds = summary.k_bounds.masked_fill(~needed, math.nan)
+    nothing = PagedKV(*(torch.full_like(c, math.nan) for c in (step.kv.k, step.kv.v)), step.kv.page_table)
+    trusted = KVSummary(means, None, summary.unit, k_bounds=bounds)
+    assert_selection(step, selector, backend.select(step.q, nothing, step.batch, selector, summary=trusted).mask)
+    without = backend.summarize(step.kv, step.batch, block_size=g.block_size)
+    assert_selection(step, selector, backend.select(step.q, step.kv, step.batch, selector, summary=without).mask)
+
+
+def test_key_bounds_find_what_means_and_sums_hide(backend: Backend) -> None:
+    """One key among 64 that one row among 64 looks for: far under alpha by means, half that row's softmax by bounds."""
+    g = Geometry((64,), (576,))
+    step = make_step(g, backend.device)
+    q, k = torch.zeros_like(step.q), torch.zeros_like(step.kv.k)
+    q[:64, :, 0], q[17, :, 0], q[17, :, 1] = 1.0, 0.0, 6.0
+    k[int(step.kv.page_table[0, 13]), 5, :, 1] = 8.0  # block 3
+    for n in (4, 5, 6, 7):  # block 1, which all other rows like
+        k[int(step.kv.page_table[0, n]), ..., 0] = 40.0
+    kv = PagedKV(k, step.kv.v, step.kv.page_table)
+    rules = {"sink_blocks": 0, "window_blocks": 0, "block_size": 64, "query_block": 64}
+    kept = [
+        backend.select(q, kv, step.batch, selector).mask[0, 0, 0].nonzero()[:, 0].tolist()
+        for selector in (FlashPrefill(alpha=0.1, **rules), KeyBounds(threshold=0.3, **rules))
+    ]
+    assert kept == [[1], [1, 3]]
 
 
 def few_keys(sizes: Sizes) -> st.SearchStrategy[Geometry]:
@@ -99,6 +149,9 @@ SETTINGS = [
     FlashPrefill(alpha=0.3, sink_blocks=0, window_blocks=0, **RULES),
     FlashPrefill(alpha=1.0, sink_blocks=1, window_blocks=2, dense_keys=200, **RULES),
     FlashPrefill(alpha=0.0, sink_blocks=0, window_blocks=0, dense_queries=0, **RULES),
+    KeyBounds(threshold=0.1, sink_blocks=0, window_blocks=0, **RULES),
+    KeyBounds(threshold=0.3, sink_blocks=1, window_blocks=2, dense_last_blocks=1, **RULES),
+    KeyBounds(threshold=0.0, sink_blocks=0, window_blocks=0, dense_queries=0, **RULES),
     XAttention(threshold=0.6, stride=16, **RULES),
     XAttention(threshold=0.8, stride=64, sink_blocks=0, window_blocks=0, dense_queries=4, **RULES),
     XAttention(threshold=0.5, stride=8, dense_last_blocks=1, **RULES),

@@ -83,8 +83,14 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a large layer": (changed(layers={"9999999999": {}}), "layers: expected an int of at most 2147483647"),
     "a bare selector": (changed(layers={"1": "Dense"}), 'layers.1: expected an object with "selector"'),
     "no selector": (changed(layers={"1": {"alpha": 0.1}}), 'layers.1: expected an object with "selector"'),
-    "unknown selector": (layer(selector="Quest"), "layers.1.selector: expected FlashPrefill or XAttention or Oracle"),
-    "a gate": (layer(selector="SeerGate"), "layers.1.selector: expected FlashPrefill or XAttention or Oracle"),
+    "unknown selector": (
+        layer(selector="Quest"),
+        "layers.1.selector: expected FlashPrefill or KeyBounds or XAttention or Oracle",
+    ),
+    "a gate": (
+        layer(selector="SeerGate"),
+        "layers.1.selector: expected FlashPrefill or KeyBounds or XAttention or Oracle",
+    ),
     "unknown selector field": (layer(treshold=0.5), "layers.1: expected fields of FlashPrefill (alpha, sink_blocks"),
     "another selector's field": (layer(threshold=0.5), "dense_last_blocks), got threshold"),
     "alpha": (layer(alpha=1.5), "layers.1.alpha: expected a number from 0 to 1, got 1.5"),
@@ -137,7 +143,7 @@ def test_settings_that_could_not_be_read_back_are_not_written(tmp_path: Path) ->
     for spoiled, message in (
         (
             SAVED | {"selector": {0: gate}},
-            "selector of layer 0: expected FlashPrefill or XAttention or Oracle or Dense",
+            "selector of layer 0: expected FlashPrefill or KeyBounds or XAttention or Oracle or Dense",
         ),
         (SAVED | {"selector": {}}, "layers: expected an object with at least one layer"),
         (SAVED | {"selector": {-1: Dense()}}, "layers: expected layer numbers such as 0 or 17, got '-1'"),

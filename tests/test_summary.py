@@ -33,18 +33,26 @@ def assert_mean(got: torch.Tensor, tokens: torch.Tensor) -> None:
     assert bool(((got.double() - exact).abs() <= bound).all())
 
 
-@for_all(values=st.booleans())
-def test_means_of_every_unit(backend: Backend, g: Geometry, values: bool) -> None:
-    """Each unit's float32 mean is over its valid tokens alone; what no request owns is zero."""
+def extremes(keys: torch.Tensor) -> torch.Tensor:
+    """Largest, then smallest of each dimension of keys [n, Hkv, D]: float32 [Hkv, 2 D]."""
+    return torch.cat((keys.amax(0), keys.amin(0)), dim=-1).float()
+
+
+@for_all(values=st.booleans(), bounds=st.booleans())
+def test_means_of_every_unit(backend: Backend, g: Geometry, values: bool, bounds: bool) -> None:
+    """Each unit's float32 mean, and its extremes, are over its valid tokens alone; what no request owns is zero."""
     step = make_step(g, backend.device)
-    summary = backend.summarize(step.kv, step.batch, block_size=g.block_size, values=values)
+    summary = backend.summarize(step.kv, step.batch, block_size=g.block_size, values=values, bounds=bounds)
     assert summary.unit == min(g.page_size, g.block_size)
     expected = (step.kv.k.shape[0], g.page_size // summary.unit, g.kv_heads, g.dim)
     assert summary.k_mean.shape == expected
     assert (summary.v_mean is not None) == values
+    assert (summary.k_bounds is not None) == bounds
     owned = torch.zeros(expected[:2], dtype=torch.bool)
     for b, start, count, page, slot in unit_slots(step):
         owned[page, slot] = True
+        if summary.k_bounds is not None:
+            assert torch.equal(summary.k_bounds[page, slot], extremes(step.keys[b][start : start + count]))
         assert_mean(summary.k_mean[page, slot], step.keys[b][start : start + count])
         if summary.v_mean is not None:
             assert_mean(summary.v_mean[page, slot], step.values[b][start : start + count])
@@ -63,7 +71,7 @@ def test_extended_equals_recomputed(backend: Backend, g: Geometry, steps: list[t
     """Brought up to date chunk by chunk, a summary has the bits of one that was computed whole."""
     g = replace(g, shared_pages=0)
     step = make_step(g, backend.device)
-    whole = backend.summarize(step.kv, step.batch, block_size=g.block_size, values=values)
+    whole = backend.summarize(step.kv, step.batch, block_size=g.block_size, values=values, bounds=True)
     summary = None
     before = (0,) * len(g.q_lens)
     for seq_lens in steps:
@@ -75,12 +83,13 @@ def test_extended_equals_recomputed(backend: Backend, g: Geometry, steps: list[t
         )
         kv = cut(step, seq_lens)
         returned = backend.summarize(
-            kv, chunk.batch(backend.device), block_size=g.block_size, values=values, summary=summary
+            kv, chunk.batch(backend.device), block_size=g.block_size, values=values, bounds=True, summary=summary
         )
         assert summary is None or returned is summary
         summary, before = returned, seq_lens
     assert summary is not None
     assert torch.equal(summary.k_mean, whole.k_mean)
+    assert torch.equal(summary.k_bounds, whole.k_bounds)
     if values:
         assert torch.equal(summary.v_mean, whole.v_mean)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -372,7 +373,7 @@ def test_a_signal_ends_a_leg_between_two_steps(
     corpora.pack(corpora.split(many, "3"), tmp_path / "corpus.zip")
     words = ["--init", str(weights), "--corpus", str(tmp_path / "corpus.zip"), "--device", "cpu", "--workers", "0"]
     words += ["--context", "512", "--tokens-per-step", "2048", "--max-steps", "3", "--log-every", "1"]
-    words += ["--final-items", "1", "--out", str(tmp_path / "out")]
+    words += ["--no-compiled", "--final-items", "1", "--out", str(tmp_path / "out")]
     really, handlers = train_tasks.train_step, signal.getsignal(signal.SIGTERM)
 
     def signalled(*arguments: Any) -> Any:
@@ -383,7 +384,7 @@ def test_a_signal_ends_a_leg_between_two_steps(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tasks, "train_step", signalled)
         train_tasks.main(words)
-    assert "leg ends at step 1, 0.0 of 24.0 min" in capsys.readouterr().out
+    assert "leg ends at step 1, 0.0 of 8.0 min" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is handlers
     assert checkpoint.load(tmp_path / "out" / "state")[1]["progress"]["step"] == 1
     train_tasks.main(words)
@@ -408,9 +409,13 @@ def test_workers_make_the_same_batches(weights: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"minutes": 0.0}, "--minutes: expected a number above 0, got 0.0"),
-        ({"leg_steps": 0}, "--leg-steps: expected a number above 0, got 0"),
-        ({"context": 1000}, "--context: expected a power of two from 512 on, got 1000"),
+        ({"minutes": 0.0}, "--minutes: expected a finite number above 0, got 0.0"),
+        ({"leg_steps": 0}, "--leg-steps: expected a finite number above 0, got 0"),
+        ({"context": 1000}, "--context: expected a power of two from 512 to 32768, got 1000"),
+        ({"context": 65536}, "--context: expected a power of two from 512 to 32768, got 65536"),
+        ({"learning_rate": math.inf}, "--learning-rate: expected a finite number above 0, got inf"),
+        ({"weight_decay": math.nan}, "--weight-decay: expected a finite number from 0 on, got nan"),
+        ({"seed": -1}, "--seed: expected a finite number from 0 on, got -1"),
         ({"workers": -1}, "--workers: expected at least 0, got -1"),
         (
             {"text_share": 0.7, "many_share": 0.7},
@@ -495,6 +500,30 @@ def test_intervals() -> None:
 
 def test_the_schedule_is_the_documented_one() -> None:
     assert schedule.CONTEXT_PHASES[0][0] == 0.0
-    assert Settings().total_minutes <= 3 * Settings().minutes
+    assert Settings().total_minutes <= Settings().minutes
     assert Settings().minutes < 9
     assert Settings().workers == 4
+
+
+def test_one_graph_for_all_layers_per_shape_and_the_same_losses(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interim evaluations run other shapes, with a cache, and compile nothing."""
+    monkeypatch.setattr(schedule, "CONTEXT_PHASES", ((0.0, 2), (0.5, 1)))
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: original(self, backend=backend, **options))
+    settings = replace(QUICK, context=1024, milestone_seconds=1e-9, max_steps=4)
+    runs = [leg(weights, tmp_path / str(on), replace(settings, compiled=on)) for on in (False, True)]
+    for run in runs:
+        assert run.train()
+    assert len(runs[0].model.model.layers) > 1
+    assert len(graphs) == len({point["context"] for point in runs[1].progress.curve}) == 2
+    assert len(runs[1].progress.task_curve) == 4
+    curves = [[point.get("text_bits", point.get("answer_bits")) for point in run.progress.curve] for run in runs]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-3)

@@ -95,9 +95,9 @@ def test_training_brings_the_gates_nearer_on_the_test_side(tmp_path: Path) -> No
     assert record["after"]["mass_in_best_25%"] > before["mass_in_best_25%"] + 0.01
     assert record["after"]["mass_in_best_25%"] <= record["after"]["most_mass_in_25%"]
     assert all(torch.equal(weights[name], tensor) for name, tensor in training.model.state_dict().items())
-    assert json.loads((tmp_path / "out" / "seer_gate.json").read_text()) == record
+    assert json.loads((tmp_path / "out" / "gate" / "seer_gate.json").read_text()) == record
     gates = load_seer_gates(
-        tmp_path / "out" / "seer_gate.safetensors",
+        tmp_path / "out" / "gate" / "seer_gate.safetensors",
         layers=2,
         heads=4,
         head_dim=64,
@@ -204,16 +204,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     settings = ["--max-steps", "2", "--length", "512", "--log-every", "1"]
     train_gate.main([*arguments, *settings, "--out", str(tmp_path / "gates")])
     assert '"steps": 2' in capsys.readouterr().out
-    assert (tmp_path / "gates" / "seer_gate.safetensors").exists()
+    assert (tmp_path / "gates" / "gate" / "seer_gate.safetensors").exists()
     train_gate.main([*arguments, *settings, "--layers", "1", "--out", str(tmp_path / "one")])
-    record = json.loads((tmp_path / "one" / "seer_gate.json").read_text())
+    record = json.loads((tmp_path / "one" / "gate" / "seer_gate.json").read_text())
     assert record["settings"]["layers"] == [1]
     inv_freq = tiny_model().model.rotary_emb.inv_freq
     shape = {"heads": 4, "head_dim": 64, "inv_freq": inv_freq}
-    [(layer, gate)] = load_seer_gates(tmp_path / "one" / "seer_gate.safetensors", layers=None, **shape).items()
+    [(layer, gate)] = load_seer_gates(tmp_path / "one" / "gate" / "seer_gate.safetensors", layers=None, **shape).items()
     assert layer == 1
     assert not torch.equal(gate.weights, Gates(tiny_model(), 64, (1,)).weights[0].bfloat16()), "it was trained"
-    assert list(load_seer_gates(tmp_path / "gates" / "seer_gate.safetensors", layers=None, **shape)) == [0, 1]
+    assert list(load_seer_gates(tmp_path / "gates" / "gate" / "seer_gate.safetensors", layers=None, **shape)) == [0, 1]
     with pytest.raises(SystemExit, match="--layers: expected auto, or numbers from 0 to 1"):
         train_gate.main([*arguments, "--layers", "7", "--out", str(tmp_path / "gates")])
     train_gate.main([*arguments, *settings, "--leg-minutes", "1e-9", "--out", str(tmp_path / "stopped")])

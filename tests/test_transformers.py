@@ -21,13 +21,14 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
 import reference
-from compactattn import Dense, FlashPrefill, PagedKV, PrefillBatch, SeerGate, XAttention, prefill, summarize
+from compactattn import Dense, FlashPrefill, KeyBounds, PagedKV, PrefillBatch, SeerGate, XAttention, prefill, summarize
 from compactattn.integrations.transformers import attention, enable, means, prompt_lens
 from tests.numerics import assert_as_close
 from tests.strategies import gate_weights
 
 DENSE = Dense(block_size=64, query_block=64)
 SPARSE = FlashPrefill(alpha=1.0, sink_blocks=1, window_blocks=1, block_size=64, query_block=64)
+BOUNDS = KeyBounds(threshold=0.95, sink_blocks=1, window_blocks=1, block_size=64, query_block=64)
 GATE = SeerGate(gate_weights(4, 64, 0), 10_000.0 ** (-torch.arange(0, 64, 2) / 64), threshold=0.3)
 PADS = (0, 70, 203)
 CHUNKS = (128, 64, 1, 1, 100, 3, 1)
@@ -368,8 +369,8 @@ def test_packed_sequences_stay_apart(spy: Spy) -> None:
 
 @pytest.mark.parametrize(
     "selector",
-    [SPARSE, XAttention(threshold=0.4, block_size=64, query_block=64), GATE],
-    ids=["FlashPrefill", "XAttention", "SeerGate"],
+    [SPARSE, BOUNDS, XAttention(threshold=0.4, block_size=64, query_block=64), GATE],
+    ids=["FlashPrefill", "KeyBounds", "XAttention", "SeerGate"],
 )
 @pytest.mark.parametrize("pads", [None, PADS], ids=["whole", "left-padded"])
 @pytest.mark.parametrize(
@@ -499,6 +500,29 @@ def assert_fresh(pooled: Any, spy: Spy, call: int) -> None:
         pages = kv.page_table[b, : -(-length // 64)].long()
         assert torch.equal(pooled.summary.k_mean[pages], fresh.k_mean[pages])
     assert settings["summary"] is pooled.summary
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_bounds_are_extended(kind: str, spy: Spy) -> None:
+    enable(selector=BOUNDS, heads_per_group=2)
+    run = model("Llama")
+    ids, mask = prompt(3, pads=PADS)
+    cache: Any = DynamicCache() if kind == "dynamic" else StaticCache(config=run.config, max_cache_len=300)
+    logits(run, "compactattn", ids, mask, (128, 63), cache)
+    pooled = pooled_layers(cache)[1]
+    pooled.summary.k_bounds.add_(100.0)
+    logits(run, "compactattn", ids, mask, (1, 1, 1, 37), cache)
+    assert pooled_layers(cache)[1] is pooled
+    assert bool((pooled.summary.k_bounds[pooled.page_table[0, :2].long()] > 50).all())
+    (_, kv, batch), settings, _ = spy.calls[-1]
+    assert settings["summary"] is pooled.summary
+    fresh = summarize(kv, batch, block_size=64, bounds=True).k_bounds
+    for b, length in enumerate(batch.seq_lens.tolist()):
+        pages = kv.page_table[b, max(0, 191 - PADS[b]) // 64 : -(-length // 64)].long()
+        assert torch.equal(pooled.summary.k_bounds[pages], fresh[pages])
+    enable(selector=SPARSE, heads_per_group=2)
+    logits(run, "compactattn", ids, mask, (40,), cache)
+    assert pooled_layers(cache)[1].summary.k_bounds is None
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity.findings import Point, Record, bits_ratio, families, on_common_items, points, settings_of
-from benchmarks.fidelity.plans import CONTROL, DENSE, NEEDLE_TASKS, TEXT
+from benchmarks.fidelity.plans import CONTROL, DENSE, LAST, NEEDLE_TASKS, TEXT
 from benchmarks.figure import canvas, finish, lines
 from benchmarks.records import tokens
+
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def draw_accuracy(result: Record, path: Path) -> None:
@@ -18,21 +20,21 @@ def draw_accuracy(result: Record, path: Path) -> None:
 
     All rows of a panel stand on the same items, whose number its title says.
     """
-    figure, panels, settings = _panels(result)
+    figure, panels, settings = _panels(result, NEEDLE_TASKS)
     for panel, (context, chunk) in zip(panels, settings, strict=False):
         found = on_common_items(points(result, context, chunk))
         _sweeps(panel, result, found, NEEDLE_TASKS, lambda point: point.mean(NEEDLE_TASKS))
         if DENSE in found:
             panel.axhline(found[DENSE].mean(NEEDLE_TASKS), color="black", linewidth=0.8, label="dense")
         items = min(len(shares) for point in found.values() for shares in point.scores["greedy"].values())
-        title = f"{tokens(context)}, chunk {chunk}: needle tasks\n{items} items of each"
+        title = f"{tokens(context)}, chunk {chunk}: needle tasks, greedy\n{items} items of each"
         panel.set(title=title, xlabel="density on their prompts", ylabel="share of right words", ylim=(-0.03, 1.03))
     finish(figure, panels, result, path, one_legend=True)
 
 
 def draw_bits(result: Record, path: Path) -> None:
     """The same panels: bits per byte on held-out text over dense."""
-    figure, panels, settings = _panels(result)
+    figure, panels, settings = _panels(result, (TEXT,))
     for panel, (context, chunk) in zip(panels, settings, strict=False):
         found = points(result, context, chunk)
         dense = found.get(DENSE)
@@ -43,13 +45,19 @@ def draw_bits(result: Record, path: Path) -> None:
 
         _sweeps(panel, result, found, (TEXT,), over_dense)
         title = f"{tokens(context)}, chunk {chunk}: held-out text"
-        panel.set(title=title, xlabel="density on it", ylabel="bits per byte ÷ dense")
+        panel.set(title=title, xlabel="density on that text", ylabel="bits per byte ÷ dense")
     finish(figure, panels, result, path, one_legend=True)
 
 
-def _panels(result: Record) -> tuple[Any, Any, list[tuple[int, int]]]:
-    """(figure, panels, settings): at most four contexts, at the chunk that most of them have."""
+def _panels(result: Record, kinds: Sequence[str]) -> tuple[Any, Any, list[tuple[int, int]]]:
+    """(figure, panels, settings): at most four contexts, at the chunk that most of them have.
+
+    A context with no family of two points, by density on some kinds of prompt, has no line to draw; it gets a panel
+    only if that is true of all.
+    """
     settings = settings_of(result)
+    sweeps = {pair: families(points(result, *pair), kinds).values() for pair in settings}
+    settings = [pair for pair in settings if any(len(sweep) > 1 for sweep in sweeps[pair])] or settings
     chunks = [chunk for _, chunk in settings]
     chunk = max(chunks, key=chunks.count)
     settings = [pair for pair in settings if pair[1] == chunk][:4]
@@ -60,16 +68,20 @@ def _panels(result: Record) -> tuple[Any, Any, list[tuple[int, int]]]:
 def _sweeps(panel: Any, result: Record, found: dict[str, Point], kinds: Sequence[str], value: Any) -> None:
     """A line per family over its density on some kinds of prompt, of one colour in every panel; the control is a cross.
 
-    Families with a change (dense layers, mean correction and so on) have tables of their own.
+    A family whose prompts end dense is dashed, in its own family's colour. Those with other changes (dense layers, mean
+    correction) have tables of their own.
     """
     names = [name for name in dict.fromkeys(row["family"] for row in result["rows"].values()) if " + " not in name]
     for family, sweep in families(found, kinds).items():
-        if family in names and sweep[0].row["parameter"]:
+        own = family.removesuffix(LAST)
+        if own in names and sweep[0].row["parameter"]:
             points_of = [(point.density(kinds), value(point)) for point in sweep]
-            lines(panel, {family: points_of}, f"C{names.index(family) % 10}o-")
+            lines(panel, {family: points_of}, f"C{names.index(own) % 10}o" + ("-" if own == family else "--"))
     if CONTROL in found and not math.isnan(found[CONTROL].density(kinds)):
         lines(panel, {CONTROL: [(found[CONTROL].density(kinds), value(found[CONTROL]))]}, "kx")
     panel.set_xscale("log")
+    panel.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    panel.set_xticks([], minor=True)
 
 
 FIGURES = {"": draw_accuracy, "-bits": draw_bits}

@@ -13,21 +13,30 @@ from benchmarks.latency import write_json
 from benchmarks.records import check_fields
 
 PLACE = ("row", "context", "chunk", "first", "last")
+ANSWERS = ("scores", "bits", "bytes")
 
 
 def join(paths: Sequence[Path], out: Path) -> Path:
     """Write `fidelity-PRESET.json` of several results of that preset into a directory; the results stay as they are.
 
-    A cell that failed in one and was measured in another is measured. The last run is said to have left undone what
-    no last run of these results has reached.
+    A cell that failed in one and was measured in another is measured. Cells and runs that two results have in common,
+    because both went on from a third, are taken once. The last run is said to have left undone what no last run of
+    these results has reached.
+
+    Results of other sources become one where they are seen to answer alike: cells that both have measured, one of a
+    library row at least, have the same answers and the same bits; ours stay. The newest sources come last, so that
+    `--resume` goes on with them.
 
     Raises:
         FileNotFoundError: no such result.
-        ValueError: fewer than two results, what is no result, results that differ in what `--resume` asks to be the
-            same, in their gates or in a row's definition, or a cell that two of them have measured.
+        ValueError: fewer than two results, one twice, what is no result, results that differ in what `--resume` asks to
+            be the same (sources that are not seen to answer alike among it), in their gates or in a row's definition,
+            or a cell that two of them have measured apart.
     """
     if len(paths) < 2:
         raise ValueError(f"join: expected two results or more, got {len(paths)}")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"join: expected different results, got one twice in {', '.join(map(str, paths))}")
     joined, *others = map(_read, paths)
     for other, path in zip(others, paths[1:], strict=True):
         joined = _both(joined, other, path)
@@ -48,33 +57,66 @@ def _read(path: Path) -> Record:
 
 def _both(one: Record, other: Record, path: Path) -> Record:
     """Two results in one, the other of which is in `path`."""
-    check_alike("join", one, other, path)
+    check_alike("join", one, other, path, but=("sources",))
+    compared = _compared(one, other, path)
     gates = one["model"].get("gate"), other["model"].get("gate")
     if None not in gates and gates[0] != gates[1]:
         raise ValueError(f"join: expected a result of gates {gates[0]!r}, got {path} of gates {gates[1]!r}")
     check_rows("join", one["rows"], other["rows"], path)
-    first = len(one["runs"])
-    cells = _united(one["cells"], [cell | {"run": first + cell["run"]} for cell in other["cells"]], path)
+    runs, places = list(one["runs"]), []
+    for one_run in other["runs"]:  # shares that went on from one result have its runs in common
+        if one_run not in runs:
+            runs.append(one_run)
+        places.append(runs.index(one_run))
+    theirs = [cell | {"run": places[cell["run"]]} for cell in other["cells"] if place(cell) not in compared]
+    cells = _united(one["cells"], theirs, path)
     measured = [cell for cell in cells if cell["status"] == "ok"]
     names, labels = {cell["row"] for cell in measured}, set(map(_label, measured))
     absent = one["absent"] | other["absent"]
     left = dict.fromkeys([*one["runs"][-1]["not_run"], *other["runs"][-1]["not_run"]])
-    last = other["runs"][-1] | {"not_run": [label for label in left if label not in labels]}
+    runs[-1] = runs[-1] | {"not_run": [label for label in left if label not in labels]}
+    told = [told for result in (one, other) for told in result.get("compared", ())]
+    if compared:
+        told.append(
+            {"sources": [_sources(one), _sources(other)], "cells": [_label(cell) for cell in compared.values()]}
+        )
     return one | {
+        "compared": [its for n, its in enumerate(told) if its not in told[:n]],
         "model": joined_model(one["model"], other["model"]),
         "rows": one["rows"] | other["rows"],
         "hidden": _hidden(one["hidden"], other["hidden"]),
         "absent": {name: why for name, why in absent.items() if name not in names},
-        "runs": [*one["runs"], *other["runs"][:-1], last],
+        "runs": runs,
         "cells": cells,
     }
 
 
-def check_alike(asker: str, ours: Record, theirs: Record, path: Path) -> None:
+def _sources(result: Record) -> Any:
+    return result["runs"][-1]["environment"].get("sources")
+
+
+def _compared(one: Record, other: Record, path: Path) -> dict[tuple[Any, ...], Record]:
+    """The cells by place that two results of other sources have both measured, if they are seen to answer alike."""
+    if _sources(one) == _sources(other):
+        return {}
+    ours = {place(cell): cell for cell in one["cells"] if cell["status"] == "ok"}
+    both = {place(cell): cell for cell in other["cells"] if cell["status"] == "ok" and place(cell) in ours}
+    if not any(other["rows"][cell["row"]]["kind"] == "library" for cell in both.values()):
+        wanted = f"sources {_sources(one)!r}, or one that has measured cells of a library row again"
+        raise ValueError(f"join: expected a result of {wanted}, got {path} of sources {_sources(other)!r}")
+    for where, cell in both.items():
+        differing = [name for name in ANSWERS if cell.get(name) != ours[where].get(name)]
+        if differing:
+            what = f"the same {', '.join(differing)} from sources {_sources(one)!r} and {_sources(other)!r}"
+            raise ValueError(f"join: expected {what}, got others of {_label(cell)} in {path}")
+    return both
+
+
+def check_alike(asker: str, ours: Record, theirs: Record, path: Path, but: Sequence[str] = ()) -> None:
     """Refuse a result, theirs in `path`, whose numbers do not stand beside ours; `asker` begins the message."""
     before = _conditions(theirs)
     for name, its in _conditions(ours).items():
-        if before[name] != its:
+        if before[name] != its and name not in but:
             raise ValueError(f"{asker}: expected a result of {name} {its!r}, got {path} of {name} {before[name]!r}")
 
 
@@ -111,12 +153,12 @@ def _label(cell: Record) -> str:
 
 
 def _united(ours: Sequence[Record], theirs: Sequence[Record], path: Path) -> list[Record]:
-    """Every cell once: measured rather than failed, and of two that failed ours."""
+    """Every cell once: measured rather than failed, and of two that failed ours; copies of a cell are one."""
     found = {place(cell): cell for cell in ours}
     for cell in theirs:
         before = found.setdefault(place(cell), cell)
         if before is not cell and cell["status"] == "ok":
-            if before["status"] == "ok":
+            if before["status"] == "ok" and before != cell:
                 raise ValueError(f"join: expected each cell to be measured once, got {_label(cell)} again in {path}")
             found[place(cell)] = cell
     return list(found.values())

@@ -20,7 +20,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCau
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.fidelity.plans import Row
-from compactattn import Dense, FlashPrefill, Oracle, PagedKV, PrefillBatch, SeerGate, XAttention, load_seer_gates
+from compactattn import (
+    Dense,
+    FlashPrefill,
+    KeyBounds,
+    Oracle,
+    PagedKV,
+    PrefillBatch,
+    SeerGate,
+    XAttention,
+    load_seer_gates,
+)
 from compactattn.integrations.transformers import NAME as LIBRARY_NAME
 from compactattn.integrations.transformers import enable, prompt_lens
 from compactattn.quality import quoka_attention, quoka_select
@@ -31,6 +41,7 @@ GATE_RECORD = "seer_gate.json"  # `benchmarks.testbed.train_gate` writes it
 SELECTORS: dict[str, type] = {
     "Dense": Dense,
     "FlashPrefill": FlashPrefill,
+    "KeyBounds": KeyBounds,
     "XAttention": XAttention,
     "Oracle": Oracle,
     "SeerGate": SeerGate,

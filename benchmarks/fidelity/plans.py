@@ -12,7 +12,9 @@ from benchmarks.testbed.tasks import SHORTEST
 
 K = 1024
 UNSHARED = "FlashPrefill unshared"
+BOUNDS = "KeyBounds unshared"
 PAPER = "CompactAttention-FP {} x chunk"
+SEER, LAST = "SeerAttention unshared", " + last 2 query blocks dense"
 CONTROL, DENSE, QUOKA = "sink and window only", "dense", "QUOKA"
 LAST_BLOCKS = {"dense_last_blocks": 2}
 SINK_BLOCKS, WINDOW_BLOCKS = 2, 4  # of the control, as in FlashPrefill's own settings
@@ -183,17 +185,19 @@ def preset(name: str) -> Preset:
 
 def _h200_stages() -> tuple[Stage, ...]:
     """Over its contexts at chunk 1024 every row meets 512 items of each task or more; those of the final comparison
-    meet 512 at 16K and at 32K alone, in stages that keep a cell under a minute."""
+    meet 512 at 16K and, last of all, at 32K alone, in stages that keep a cell under a minute."""
+    long = [Stage(32 * K, K, first, last, 0) for first, last in pairwise((64, 176, 288, 400, 512))]
     return (
         Stage(16 * K, K, 0, 192, 2, windows=24, probes=16),
         Stage(32 * K, K, 0, 64, 1, windows=16, probes=16),
         Stage(16 * K, K, 192, 512, 0),
-        *(Stage(32 * K, K, first, last, 0) for first, last in pairwise((64, 176, 288, 400, 512))),
+        long[0],
         Stage(8 * K, K, 0, 160, 2, windows=32, probes=16),
         Stage(4 * K, K, 0, 160, 2, windows=32, probes=16),
-        Stage(16 * K, 512, 0, 96, 1, windows=24, probes=16),
         Stage(4 * K, 512, 0, 96, 1, windows=32, probes=16),
+        Stage(16 * K, 512, 0, 96, 1, windows=24, probes=16),
         Stage(32 * K, 512, 0, 64, 0, windows=16, probes=16),
+        *long[1:],
     )
 
 
@@ -219,16 +223,26 @@ def quoka_rows(budgets: dict[float, int]) -> list[Row]:
 
 def _rows() -> tuple[Row, ...]:
     rows = fixed_rows()
-    rows += sweep(UNSHARED, "FlashPrefill", "alpha", {0.6: 1, 0.25: 0, 0.12: 0, 0.05: 1, 0.02: 1})
-    rows += quoka_rows({0.25: 1, 0.15: 0, 0.10: 1, 0.05: 1})
-    rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", {0.95: 1, 0.6: 0, 0.35: 0, 0.15: 1}, heads=4, span=None)
+    rows += sweep(UNSHARED, "FlashPrefill", "alpha", {0.6: 2, 0.25: 1, 0.12: 1, 0.05: 1, 0.02: 2})
+    rows += quoka_rows({0.25: 1, 0.15: 0, 0.10: 2, 0.05: 1})
+    rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", {0.95: 1, 0.6: 0, 0.35: 1, 0.15: 2}, heads=4, span=None)
     for heads in (2, 1):
-        rows += sweep(PAPER.format(heads), "FlashPrefill", "alpha", {0.8: 1, 0.35: 1, 0.12: 1}, heads=heads, span=None)
-    rows += sweep("XAttention unshared", "XAttention", "threshold", {0.95: 1, 0.85: 1, 0.7: 1})
-    gate = {0.02: 1, 0.008: 1, 0.002: 1}
-    rows += sweep("SeerAttention unshared", "SeerGate", "threshold", gate)
-    rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", gate, heads=4, span=None)
-    rows += sweep("Oracle unshared", "Oracle", "mass", {0.98: 1, 0.93: 1, 0.8: 1})
+        rows += sweep(PAPER.format(heads), "FlashPrefill", "alpha", {0.8: 1, 0.35: 1, 0.12: 2}, heads=heads, span=None)
+    rows += sweep("XAttention unshared", "XAttention", "threshold", {0.95: 2, 0.85: 1, 0.7: 1})
+    gate = {0.02: 1, 0.008: 1, 0.005: 0, 0.002: 2}
+    rows += sweep(SEER, "SeerGate", "threshold", gate)
+    shared = {0.05: 1, 0.02: 1, 0.008: 2, 0.002: 2}
+    rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", shared, heads=4, span=None)
+    rows += sweep("Oracle unshared", "Oracle", "mass", {0.98: 2, 0.93: 2, 0.8: 1})
+    rows += sweep(SEER + LAST, "SeerGate", "threshold", {0.02: 1, 0.008: 0, 0.005: 1}, settings=LAST_BLOCKS)
+    bounds = {0.3: 1, 0.13: 0, 0.08: 1, 0.05: 2}
+    rows += sweep(BOUNDS, "KeyBounds", "threshold", bounds)
+    rows += sweep(BOUNDS + LAST, "KeyBounds", "threshold", {0.3: 1, 0.13: 0}, settings=LAST_BLOCKS)
+    rows += sweep("KeyBounds 4 x chunk", "KeyBounds", "threshold", {0.5: 1, 0.3: 1, 0.15: 2}, heads=4, span=None)
+    rows += sweep("XAttention unshared" + LAST, "XAttention", "threshold", {0.7: 1, 0.5: 1}, settings=LAST_BLOCKS)
+    rows += sweep(UNSHARED + LAST, "FlashPrefill", "alpha", {0.4: 0, 0.25: 1, 0.08: 2}, settings=LAST_BLOCKS)
+    paper = {"heads": 4, "span": None}
+    rows += sweep(PAPER.format(4) + LAST, "FlashPrefill", "alpha", {0.95: 1, 0.6: 1}, settings=LAST_BLOCKS, **paper)
     return (
         *rows,
         *_beside(UNSHARED, 1, 1, (0.25, 0.08), (1,)),
@@ -237,14 +251,12 @@ def _rows() -> tuple[Row, ...]:
 
 
 def _beside(family: str, heads: int, span: int | None, alphas: Sequence[float], first: Sequence[int]) -> list[Row]:
-    """A family again: with its first layers dense, with the end of the prompt dense, and with the mean correction."""
+    """A family again: with its first layers dense, and with the mean correction."""
     values = dict.fromkeys(alphas, 2)
     rows = []
     for count in first:
         name = f"{family} + first {count} layer{'s' * (count > 1)} dense"
         rows += sweep(name, "FlashPrefill", "alpha", values, heads=heads, span=span, dense_layers=count)
-    name = f"{family} + last 2 query blocks dense"
-    rows += sweep(name, "FlashPrefill", "alpha", values, heads=heads, span=span, settings=LAST_BLOCKS)
     name = f"{family} + mean correction"
     return rows + sweep(name, "FlashPrefill", "alpha", values, heads=heads, span=span, correction=True)
 
@@ -256,10 +268,11 @@ def _cpu_rows() -> tuple[Row, ...]:
     rows += sweep(UNSHARED, "FlashPrefill", "alpha", first)
     rows += quoka_rows({0.25: 1})
     rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", first, heads=4, span=None)
+    rows += sweep(BOUNDS, "KeyBounds", "threshold", {0.3: 1})
     rows += sweep("XAttention unshared", "XAttention", "threshold", {0.8: 1})
     rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", {0.02: 1}, heads=4, span=None)
     rows += sweep("Oracle unshared", "Oracle", "mass", {0.9: 1})
-    rows += sweep(f"{UNSHARED} + last 2 query blocks dense", "FlashPrefill", "alpha", first, settings=LAST_BLOCKS)
+    rows += sweep(UNSHARED + LAST, "FlashPrefill", "alpha", first, settings=LAST_BLOCKS)
     rows += sweep(f"{UNSHARED} + mean correction", "FlashPrefill", "alpha", first, correction=True)
     rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", second, heads=4, span=None)
     return (*rows, *quoka_rows({0.5: 1}))
@@ -272,7 +285,7 @@ def _cpu_rows() -> tuple[Row, ...]:
 _SECONDS_PER_MILLION = {"cuda": 0.5, "cpu": 400.0}
 _DECODE_STEP_SECONDS = {"cuda": 0.01, "cpu": 0.03}
 _FACTORS = {DENSE: 1.6, CONTROL: 0.8}  # by name, else by kind or selector
-_FACTORS |= {"quoka": 3.0, "FlashPrefill": 1.0, "XAttention": 1.5, "Oracle": 2.0, "SeerGate": 1.2}
+_FACTORS |= {"quoka": 3.0, "FlashPrefill": 1.0, "KeyBounds": 1.2, "XAttention": 1.5, "Oracle": 2.0, "SeerGate": 1.2}
 _ANSWER_TOKENS = 23  # mean over the tasks
 TASK_COUNT = 7
 

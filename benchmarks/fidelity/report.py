@@ -61,7 +61,7 @@ def markdown(result: Record, pictures: Sequence[str]) -> str:
     where = result["runs"][-1]["environment"]
     known = ", ".join(f"{name} {value}" for name, value in where.items() if name != "gpu" and value is not None)
     lines = [f"# Fidelity, preset {result['preset']}", "", f"{where['gpu'] or 'CPU'}; {known}", ""]
-    lines += [_model_line(result), "", *(f"- {line}" for line in result["protocol"]), ""]
+    lines += [_model_line(result), "", *_code_lines(result), *(f"- {line}" for line in result["protocol"]), ""]
     lines += [f"![{name}]({name})\n" for name in pictures]
     lines += ["## Does the test measure anything?", "", *_verdicts(result), ""]
     for title, section in SECTIONS:
@@ -81,6 +81,21 @@ def _model_line(result: Record) -> str:
         words += "" if training["complete"] else " (NOT COMPLETE)"
         words += "" if training["tasks"] else "; NOT TRAINED ON THE TASKS"
     return words + f"; corpus {result['corpus']}."
+
+
+def _code_lines(result: Record) -> list[str]:
+    """Which code measured how much, where it was not one alone, and what shows that it answers alike."""
+    told = result.get("compared")
+    if not told:
+        return []
+    cells: dict[str, int] = {}
+    for cell in result["cells"]:
+        where = result["runs"][cell["run"]]["environment"]
+        code = f"commit {where.get('commit')}, sources {where.get('sources')}"
+        cells[code] = cells.get(code, 0) + 1
+    again = sum(len(its["cells"]) for its in told)
+    words = "; ".join(f"{count} of {code}" for code, count in cells.items())
+    return [f"Cells: {words}. {again} cells were measured with both: same answers, same bits.", ""]
 
 
 def _where(context: int, chunk: int) -> str:

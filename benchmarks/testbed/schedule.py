@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.testbed.mixture import Mixture
+from benchmarks.testbed.model import MAX_POSITIONS
 from benchmarks.testbed.tasks import SHORTEST
 
 # From which share of the budget on the context is 1/divisor of the full one (32K: 1K, 2K, 4K, 8K, 16K, 32K).
 CONTEXT_PHASES = ((0.0, 32), (0.06, 16), (0.14, 8), (0.34, 4), (0.64, 2), (0.82, 1))
-
-ATTENTION_KERNELS = ("cudnn", "flash")
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,15 @@ class Settings:
         final_items: test examples per task and length at the end.
         workers: processes that make batches; 0 makes them in between.
         compiled: whether the layers go through torch.compile, which takes a few seconds for each shape of a batch.
-        attention: which of PyTorch's attention kernels a GPU tries first, "cudnn" or "flash".
     """
 
     minutes: float = 8.6
-    total_minutes: float = 24.0
+    total_minutes: float = 8.0
     max_steps: int | None = None
     leg_steps: int | None = None
     context: int = 32768
     tokens_per_step: int = 65536
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     text_share: float = 0.3
@@ -56,20 +55,23 @@ class Settings:
     final_items: int = 100
     workers: int = 4
     compiled: bool = True
-    attention: str = "cudnn"
 
     def __post_init__(self) -> None:
         positive = ("minutes", "total_minutes", "max_steps", "leg_steps", "learning_rate", "warmup_steps", "log_every")
         for name in (*positive, "milestone_seconds", "final_items", "tokens_per_step"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')}: expected a finite number above 0, got {value}")
+        for name in ("weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected a finite number from 0 on, got {getattr(self, name)}"
+                )
         if self.workers < 0:
             raise ValueError(f"--workers: expected at least 0, got {self.workers}")
-        if self.attention not in ATTENTION_KERNELS:
-            raise ValueError(f"--attention: expected one of {', '.join(ATTENTION_KERNELS)}, got {self.attention!r}")
-        if self.context < SHORTEST or self.context & (self.context - 1):
-            raise ValueError(f"--context: expected a power of two from {SHORTEST} on, got {self.context}")
+        if not SHORTEST <= self.context <= MAX_POSITIONS or self.context & (self.context - 1):
+            expected = f"a power of two from {SHORTEST} to {MAX_POSITIONS}"
+            raise ValueError(f"--context: expected {expected}, got {self.context}")
         self.mixture()
 
     def mixture(self) -> Mixture:
@@ -77,8 +79,7 @@ class Settings:
 
     def defining(self) -> dict[str, object]:
         """The settings that a later leg may not change."""
-        free = ("minutes", "leg_steps", "log_every", "milestone_seconds", "final_items", "workers")
-        free += ("compiled", "attention")
+        free = ("minutes", "leg_steps", "log_every", "milestone_seconds", "final_items", "workers", "compiled")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 

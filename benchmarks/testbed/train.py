@@ -35,6 +35,7 @@ import transformers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.arguments import directory_name
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.evaluate import heldout_report, repeat_report
 from benchmarks.testbed.model import load_model, new_model, save_model, testbed_config, write_atomically
@@ -359,7 +360,9 @@ def check_corpus(directory: Path, corpus: corpora.Corpus) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.train", description="Train the test bed.")
-    parser.add_argument("--out", type=Path, required=True, help="directory for weights, configuration and record")
+    parser.add_argument(
+        "--out", type=directory_name, required=True, help="directory for weights, configuration and record"
+    )
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
     parser.add_argument("--checkpoint", type=Path, help="about 90 MB; default: checkpoint.pt in --out")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")

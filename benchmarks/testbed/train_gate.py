@@ -2,12 +2,13 @@
 
     python3 -m benchmarks.testbed.train_gate --corpus out/stdlib.zip --weights out/weights --out out/weights
 
-writes `seer_gate.safetensors`, which `compactattn.load_seer_gates` reads (the tensors of a published checkpoint, in
-bfloat16), and `seer_gate.json`, the record of the run. The corpus must be the one that the model's record names;
-without `--corpus` it is the library of the Python that runs this. `--layers 2,4` leaves the other layers out, as a
-capture does. It takes `--minutes` (4) of training and less than a minute around it. A run that is stopped (SIGTERM,
-SIGINT, `--leg-minutes`), or killed while it measures the gates at the end, leaves a checkpoint in `--state`, and the
-same command goes on from there; the checkpoint is removed when the gates are written.
+writes `gate/seer_gate.safetensors`, which `compactattn.load_seer_gates` reads (the tensors of a published checkpoint,
+in bfloat16), and `gate/seer_gate.json`, the record of the run: a directory of their own, because engines load every
+safetensors file that lies beside a model's. The corpus must be the one that the model's record names; without
+`--corpus` it is the library of the Python that runs this. `--layers 2,4` leaves the other layers out, as a capture
+does. It takes `--minutes` (4) of training and less than a minute around it. A run that is stopped (SIGTERM, SIGINT,
+`--leg-minutes`), or killed while it measures the gates at the end, leaves a checkpoint in `--state`, and the same
+command goes on from there; the checkpoint is removed when the gates are written.
 
 What a gate learns (SeerAttention, arXiv 2410.13276): attention maps are max-pooled over (query block, KV block) tiles
 and normalised to sum to one over the visible KV blocks; the gate's softmax over blocks is fitted to that by its
@@ -32,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from benchmarks.arguments import directory_name
 from benchmarks.testbed import checkpoint as checkpoints
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model, write_atomically
@@ -40,7 +42,7 @@ from benchmarks.testbed.tasks import TASKS, Side, TaskSource
 from benchmarks.testbed.train import check_corpus, stopping, usable_device
 from compactattn.seer_gate import rotate, unrotate
 
-WEIGHTS_FILE, RECORD_FILE = "seer_gate.safetensors", "seer_gate.json"
+WEIGHTS_FILE, RECORD_FILE = "gate/seer_gate.safetensors", "gate/seer_gate.json"
 EVALUATION_WINDOWS = 8
 KEPT_SHARE = 0.25  # of the visible blocks, in the measure of what a gate finds
 
@@ -287,7 +289,7 @@ class Run:
             "after": self.evaluate(),
             "loss_curve": self.curve,
         }
-        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / WEIGHTS_FILE).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
         write_atomically(self.out / RECORD_FILE, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
         checkpoints.remove(self.state)
@@ -297,7 +299,7 @@ class Run:
 def main(arguments: list[str] | None = None) -> None:
     """Train the gates and write them; every foreseeable failure ends in one line of text."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.train_gate", description="Distil the gates.")
-    parser.add_argument("--out", type=Path, required=True, help="directory for weights and record")
+    parser.add_argument("--out", type=directory_name, required=True, help="directory for weights and record")
     parser.add_argument("--weights", type=Path, default=WEIGHTS_DIRECTORY, help="the model (default: the committed)")
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (default: %(default)s)")

@@ -1,15 +1,18 @@
-"""Train the test bed's model further, so that it solves the tasks: one GPU, in legs, about 25 minutes in all.
+"""Train the test bed's model further, so that it solves the tasks: one GPU, about eight minutes, in one leg or several.
 
-    python3 -m benchmarks.testbed.corpus --out out/stdlib.zip                            # where Python is whole
-    python3 -m benchmarks.testbed.train_tasks --corpus out/stdlib.zip --out out/weights  # one leg; again for the next
+    python3 -m benchmarks.testbed.corpus --out out/stdlib.zip                  # where Python is whole
+    python3 -m benchmarks.testbed.train --corpus out/stdlib.zip --minutes 4.5 --out out/first
+    python3 -m benchmarks.testbed.train_tasks --corpus out/stdlib.zip --init out/first --out out/weights
 
-Each call is a leg, at most `--minutes` (8.6) of wall clock after its imports; three of them use up the
-`--total-minutes` (24). A leg goes on from the checkpoint in `--state` (default: `state` in `--out`; begin anew by
-removing it), the first one from the weights in `--init`, the committed ones. The leg that ends the budget measures the
-model, which is planned to take about another minute, and marks the record complete. Every leg leaves
-`model.safetensors`, `config.json` and `training.json` in `--out`; copy the final three over
-`benchmarks/testbed/weights`. A leg that is killed is taken up from its last interim evaluation, and one that is killed
-while it measures, measures again.
+made the committed weights, with `--total-minutes 6.6`; their `training.json` has what they answer at each length. (Its
+setting `attention` put flash kernels before cuDNN's, and is gone: PyTorch chooses.)
+
+Each call is a leg, at most `--minutes` (8.6) of wall clock after its imports. A run of more `--total-minutes` (8) takes
+several: a leg goes on from the checkpoint in `--state` (default: `state` in `--out`; begin anew by removing it), the
+first one from the weights in `--init`. The leg that ends the budget measures the model, which takes about another
+minute, and marks the record complete. Every leg leaves `model.safetensors`, `config.json` and `training.json` in
+`--out`. A leg that is killed is taken up from its last interim evaluation, and one that is killed while it measures,
+measures again.
 
 A checkpoint is `state.json` and two shards, about 21 MB together and none over 16 MiB, so that a leg can go on on
 another machine: that needs `out/stdlib.zip` and `out/weights/state`, which git ignores like all of `out/`.
@@ -34,7 +37,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -42,10 +45,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
+from benchmarks.arguments import directory_name
 from benchmarks.testbed import checkpoint as checkpoints
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.answers import task_report
@@ -70,24 +73,18 @@ HELDOUT_CONTEXT = 8192  # as the first training measured it
 EVALUATED_LENGTHS = (4096, 8192, 16384, 32768)
 INTERIM_ITEMS = 16
 MOST_SHAPES = 64  # compiled forms of a layer: seven shapes of batches, and a few more for short runs
-_KERNELS = {
-    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
-    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION],
-}
 
 
 @contextmanager
-def fast(model: LlamaForCausalLM, settings: Settings) -> Iterator[None]:
-    """Inside, the model's attention and layers run as the settings say; it is to be called with batches alone."""
-    layers = list(model.model.layers) if settings.compiled else []
-    kernels = [*_KERNELS[settings.attention], SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES), sdpa_kernel(kernels, set_priority=True):
-        for layer in layers:
+def compiled(model: LlamaForCausalLM) -> Iterator[None]:
+    """Inside, the model's layers go through torch.compile, shape by shape; it is to be called with batches alone."""
+    with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+        for layer in model.model.layers:
             layer.compile(dynamic=False)
         try:
             yield
         finally:
-            for layer in layers:
+            for layer in model.model.layers:
                 layer._compiled_call_impl = None
 
 
@@ -169,7 +166,7 @@ class Run:
 
     def train(self) -> bool:
         """Step until the leg or the whole budget is used, or `stop` was called; whether the budget is used."""
-        with fast(self.model, self.settings):
+        with compiled(self.model) if self.settings.compiled else nullcontext():
             self._steps()
         self.save()
         return self.is_over
@@ -345,7 +342,9 @@ def _without_curves(record: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.train_tasks", description="Train further.")
-    parser.add_argument("--out", type=Path, required=True, help="directory for weights, configuration and record")
+    parser.add_argument(
+        "--out", type=directory_name, required=True, help="directory for weights, configuration and record"
+    )
     parser.add_argument("--init", type=Path, default=WEIGHTS_DIRECTORY, help="first weights (default: the committed)")
     parser.add_argument("--state", type=Path, help="directory of the checkpoint (default: state in --out)")
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")

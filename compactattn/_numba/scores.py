@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from compactattn._numba.summary import block_means, unit_means
 from compactattn._numba.threads import run_each
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 from compactattn.selection import BlockScores
-from compactattn.selectors import FlashPrefill
+from compactattn.selectors import FlashPrefill, Scored
 
 
 def flash_prefill_scores(
@@ -34,6 +35,33 @@ def flash_prefill_scores(
         q: [T, Hq, D].
         summary: means to trust; None pools the complete blocks of each request, with the same arithmetic.
     """
+
+    def means(b: int, complete: int) -> Tensor:
+        return _complete_block_means(kv, b, complete, selector.block_size, summary)
+
+    log_s = score_query_blocks(q, kv, batch, selector, means, _score_tile, scale)
+    blocks = log_s.shape[-1]
+    return BlockScores(log_s, log_s.amax(-1, keepdim=True) if blocks else log_s.new_zeros((*log_s.shape[:3], 1)))
+
+
+def score_query_blocks(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    selector: Scored,
+    keys_of: Callable[[int, int], Tensor],
+    score_tile: Callable[[Tensor, Tensor, int, int, float, Tensor], None],
+    scale: float,
+) -> Tensor:
+    """Scores of every query block over the complete blocks that its last row stands behind, the others -inf.
+
+    Args:
+        keys_of: what stands for the keys of a request's first so many blocks: [blocks, Hkv, n], rounded to q's dtype.
+        score_tile: writes the scores of one query block, see `_score_tile`.
+
+    Returns:
+        float32 [B, Hq, Qb, Kb].
+    """
     block_size, query_block = selector.block_size, selector.query_block
     heads, kv_heads = q.shape[1], kv.num_kv_heads
     shape = (batch.size, heads, batch.query_blocks(query_block), batch.kv_blocks(block_size))
@@ -46,16 +74,15 @@ def flash_prefill_scores(
         complete = seq_len // block_size
         if q_len == 0 or complete == 0:
             continue
-        keys = _complete_block_means(kv, b, complete, block_size, summary).to(q.dtype).float()
-        keys = keys.transpose(0, 1).contiguous()  # [Hkv, complete, D]
+        keys = keys_of(b, complete).to(q.dtype).float().transpose(0, 1).contiguous()  # [Hkv, complete, n]
         for i, first in enumerate(range(0, q_len, query_block)):
             rows = q[starts[b] + first : starts[b] + min(first + query_block, q_len)].unflatten(1, (kv_heads, -1))
             position = seq_len - q_len + first
             scored = (position + len(rows)) // block_size
             scores = by_kv_head[b, :, :, i, :scored]
-            tasks.append(functools.partial(_score_tile, rows, keys[:, :scored], position, block_size, scale, scores))
+            tasks.append(functools.partial(score_tile, rows, keys[:, :scored], position, block_size, scale, scores))
     run_each(tasks)
-    return BlockScores(log_s)
+    return log_s
 
 
 def _score_tile(rows: Tensor, keys: Tensor, position: int, block_size: int, scale: float, log_s: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,16 +26,21 @@ def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: 
         summary: float32 [num_pages, page_size // unit, Hkv, D], keys and perhaps values.
         since: int32 [B], one int for all requests, or None for `past_lens`.
     """
-    first = batch.past_lens if since is None else torch.as_tensor(since).expand(batch.size)
-    for request, (start, stop) in enumerate(zip(first.tolist(), batch.seq_lens.tolist(), strict=True)):
-        if start >= stop:
-            continue
-        units = torch.arange(max(start, 0) // summary.unit, -(-stop // summary.unit))
-        places = locate_units(kv, request, units, summary.unit)
-        tokens_in_last = stop - int(units[-1]) * summary.unit
+    for places, tokens_in_last in stale_units(kv, batch, summary.unit, since):
         summary.k_mean[places] = unit_means(kv.k, places, summary.unit, tokens_in_last, kv.k_scale)
         if summary.v_mean is not None:
             summary.v_mean[places] = unit_means(kv.v, places, summary.unit, tokens_in_last, kv.v_scale)
+
+
+def stale_units(
+    kv: PagedKV, batch: PrefillBatch, unit: int, since: Tensor | int | None
+) -> Iterator[tuple[Places, int]]:
+    """(where a request's stale units lie, tokens in the last of them), for requests that have any."""
+    first = batch.past_lens if since is None else torch.as_tensor(since).expand(batch.size)
+    for request, (start, stop) in enumerate(zip(first.tolist(), batch.seq_lens.tolist(), strict=True)):
+        if start < stop:
+            units = torch.arange(max(start, 0) // unit, -(-stop // unit))
+            yield locate_units(kv, request, units, unit), stop - int(units[-1]) * unit
 
 
 def unit_means(cache: Tensor, places: Places, unit: int, tokens_in_last: int, scale: Tensor | None = None) -> Tensor:
@@ -47,16 +53,20 @@ def unit_means(cache: Tensor, places: Places, unit: int, tokens_in_last: int, sc
     count, (kv_heads, dim) = len(places.pages), cache.shape[2:]
     means = torch.empty((count, kv_heads, dim), dtype=torch.float32)
     units = in_units(cache, unit)
-    per_slab = max(1, _SLAB_ELEMENTS // (unit * kv_heads * dim))
     tasks = []
-    for start in range(0, count, per_slab):
-        stop = min(start + per_slab, count)
-        slab = Places(places.pages[start:stop], places.slots[start:stop])
-        tasks.append(
-            functools.partial(_mean_slab, units, slab, tokens_in_last if stop == count else unit, means[start:stop])
-        )
+    for slab, here in slabs(places, unit * kv_heads * dim):
+        last = tokens_in_last if here.stop == count else unit
+        tasks.append(functools.partial(_mean_slab, units, slab, last, means[here]))
     run_each(tasks)
     return means if scale is None else means.mul_(scale[:, None])
+
+
+def slabs(places: Places, elements: int) -> Iterator[tuple[Places, slice]]:
+    """Units of so many elements each, as many at a time as one task gathers, and which of the n they are."""
+    per_slab, count = max(1, _SLAB_ELEMENTS // elements), len(places.pages)
+    for start in range(0, count, per_slab):
+        here = slice(start, min(start + per_slab, count))
+        yield Places(places.pages[here], places.slots[here]), here
 
 
 def _mean_slab(units: Tensor, slab: Places, tokens_in_last: int, means: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Minimal block tables: from united masks, or from FlashPrefill's scores in one pass."""
+"""Minimal block tables: from united masks, or from scores in one pass."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from compactattn._numba.jit import kernel
 from compactattn._numba.union import dense_tail
 from compactattn.data import BlockTable, GroupMask, PrefillBatch
 from compactattn.grouping import pick_groups
-from compactattn.selection import BlockScores, log_alpha
-from compactattn.selectors import FlashPrefill
+from compactattn.selection import BlockScores, log_threshold
+from compactattn.selectors import Scored
 from compactattn.union import span_blocks
 from compactattn.validation import Auto
 
@@ -27,7 +27,7 @@ def build_table(groups: GroupMask) -> BlockTable:
 def table_from_scores(
     scores: BlockScores,
     batch: PrefillBatch,
-    selector: FlashPrefill,
+    selector: Scored,
     kv_heads: int,
     heads_per_group: int | Auto,
     query_blocks_per_span: int | Auto | None,
@@ -49,7 +49,7 @@ def table_from_scores(
     rows = torch.zeros((size, heads, q_blocks), dtype=torch.int32)
     _list_scored(
         scores.log_s.numpy(),
-        np.float32(log_alpha(selector)),
+        (scores.part_max.amax(-1) + log_threshold(selector)).numpy(),
         batch.cu_seqlens_q.numpy(),
         batch.seq_lens.numpy(),
         prompt_lens,
@@ -87,20 +87,9 @@ def _compact(keep: np.ndarray, indices: np.ndarray, counts: np.ndarray) -> None:
 
 
 @kernel
-def _threshold(log_s: np.ndarray, log_alpha: np.float32) -> np.float32:
-    """The largest score plus log alpha, in float32 as torch adds them; NaN if any score is NaN."""
-    top = np.float32(-np.inf)
-    for score in log_s:
-        if score != score:
-            return score
-        top = max(top, score)
-    return top + log_alpha
-
-
-@kernel
 def _list_scored(
     log_s: np.ndarray,
-    log_alpha: np.float32,
+    thresholds: np.ndarray,
     starts: np.ndarray,
     seq_lens: np.ndarray,
     prompt_lens: np.ndarray,
@@ -142,7 +131,7 @@ def _list_scored(
                         continue
                     past = 0 if dense else min(past_len // block_size, visible)
                     keep[past:visible] = True
-                    threshold = _threshold(log_s[b, h, i], log_alpha)
+                    threshold = thresholds[b, h, i]
                     for j in range(past):
                         score = log_s[b, h, i, j]
                         wanted = score >= threshold and score > -np.inf

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compactattn._triton import next_power_of_2, on_device, scale_and_stride
-from compactattn._triton.summary import stale_units
+from compactattn._triton.summary import stale_unit, stale_units
 from compactattn.data import GateKeys, PagedKV, PrefillBatch
 
 
@@ -58,16 +58,8 @@ def _gate_keys_kernel(
     """One program per (unit, head, request): [max | min | mean] of the unit's valid tokens before RoPE."""
     b = tl.program_id(2)
     head = tl.program_id(1)
-    seq_len = tl.load(seq_lens + b)
-    if SINCE == 0:
-        first = seq_len - (tl.load(cu_seqlens_q + b + 1) - tl.load(cu_seqlens_q + b))
-    elif SINCE == 1:
-        first = since_int
-    else:
-        first = tl.load(since + b)
-    unit = first // UNIT + tl.program_id(0)
-    start = unit * UNIT
-    if (first < seq_len) & (start < seq_len):
+    seq_len, _, start, stale = stale_unit(cu_seqlens_q, seq_lens, since, since_int, b, UNIT, SINCE)
+    if stale:
         page = tl.load(page_table + b.to(tl.int64) * page_table_stride + start // PAGE_SIZE).to(tl.int64)
         slot = start % PAGE_SIZE
         token = tl.arange(0, UNIT)

@@ -13,8 +13,8 @@ from compactattn._triton.launch import launch
 from compactattn._triton.scores import MAX_PARTS, wanted_blocks
 from compactattn._triton.union import first_dense_block, forced_blocks, request_lens
 from compactattn.data import PrefillBatch
-from compactattn.selection import BlockScores, log_alpha
-from compactattn.selectors import FlashPrefill
+from compactattn.selection import BlockScores, log_threshold
+from compactattn.selectors import Scored
 from compactattn.validation import Auto
 
 TILE = 32  # KV blocks of one program
@@ -65,7 +65,7 @@ def _union_sizes_kernel(
     log_s_stride,
     part_max,
     parts,
-    log_alpha,
+    log_threshold,
     sink_blocks,
     window_blocks,
     dense_queries,
@@ -130,7 +130,7 @@ def _union_sizes_kernel(
             BLOCK_SIZE,
         )
         wanted = wanted_blocks(
-            log_s, log_s_stride, part_max, parts, log_alpha, head * q_blocks + i, known, j, scored_blocks, MAX_PARTS
+            log_s, log_s_stride, part_max, parts, log_threshold, head * q_blocks + i, known, j, scored_blocks, MAX_PARTS
         )
         kept = ((forced & known[:, None]) | wanted).to(tl.int32).reshape(BLOCKS, GROUP_PADDED, TILE)
         if TWO_SPANS:
@@ -191,7 +191,7 @@ def pick_grouping(
 def union_sizes(
     scores: BlockScores,
     batch: PrefillBatch,
-    selector: FlashPrefill,
+    selector: Scored,
     kv_heads: int,
     options: tuple[int, ...],
     span: int,
@@ -201,7 +201,6 @@ def union_sizes(
 
     span: the coarser candidates' query blocks, those of the setting within the chunk.
     """
-    assert scores.part_max is not None
     requests, heads, q_blocks, kv_blocks = scores.log_s.shape
     tiles, padded = -(-kv_blocks // TILE), next_power_of_2(heads // kv_heads)
     dense_end = selector.dense_last_blocks > 0 and batch.prompt_lens is not None
@@ -214,7 +213,7 @@ def union_sizes(
             scores.log_s.stride(2),
             scores.part_max,
             scores.part_max.shape[-1],
-            log_alpha(selector),
+            log_threshold(selector),
             selector.sink_blocks,
             selector.window_blocks,
             selector.dense_queries,

@@ -96,14 +96,16 @@ def kind_of_step(
         return None
     k = kv.k
     inputs = [q, k, kv.v, kv.page_table, batch.cu_seqlens_q, batch.seq_lens]
-    prompts, unit, values = batch.prompt_lens, None, None
+    prompts, unit, values, bounds = batch.prompt_lens, None, None, None
     if prompts is not None:
         inputs.append(prompts)
     if summary is not None:
-        unit, values = summary.unit, summary.v_mean
+        unit, values, bounds = summary.unit, summary.v_mean, summary.k_bounds
         inputs.append(summary.k_mean)
         if values is not None:
             inputs.append(values)
+        if bounds is not None:
+            inputs.append(bounds)
     if out is not None:
         inputs.append(out)
     if len(set(map(id, inputs))) < len(inputs):
@@ -122,6 +124,7 @@ def kind_of_step(
         prompts is None,
         unit,
         values is None,
+        bounds is None,
         out is None,
         *[tensor.shape for tensor in inputs],
         *map(_stride, inputs),

@@ -211,7 +211,7 @@ def _scores_kernel(
 
 @triton.jit
 def wanted_blocks(
-    log_s, log_s_stride, part_max, parts, log_alpha, member, known, j, past_blocks, MAX_PARTS: tl.constexpr
+    log_s, log_s_stride, part_max, parts, log_threshold, member, known, j, past_blocks, MAX_PARTS: tl.constexpr
 ):
     """Past blocks j that members' scores keep, bool [members, j]: at least alpha times the member's largest score."""
     part = tl.arange(0, MAX_PARTS)
@@ -220,7 +220,7 @@ def wanted_blocks(
         mask=known[:, None] & (part < parts)[None, :],
         other=float("-inf"),
     )
-    threshold = tl.max(peaks, axis=1) + log_alpha
+    threshold = tl.max(peaks, axis=1) + log_threshold
     s = tl.load(
         log_s + member[:, None] * log_s_stride + j[None, :],
         mask=known[:, None] & (j < past_blocks)[None, :],

@@ -15,6 +15,21 @@ from compactattn.data import KVSummary, PagedKV, PrefillBatch
 SINCE_PAST, SINCE_INT, SINCE_TENSOR = 0, 1, 2
 
 
+@triton.jit
+def stale_unit(cu_seqlens_q, seq_lens, since, since_int, b, UNIT: tl.constexpr, SINCE: tl.constexpr):
+    """(length of request b, this program's unit of it, its first token, whether it is there and to be made anew)."""
+    seq_len = tl.load(seq_lens + b)
+    if SINCE == 0:
+        first = seq_len - (tl.load(cu_seqlens_q + b + 1) - tl.load(cu_seqlens_q + b))
+    elif SINCE == 1:
+        first = since_int
+    else:
+        first = tl.load(since + b)
+    unit = first // UNIT + tl.program_id(0)
+    start = unit * UNIT
+    return seq_len, unit, start, (first < seq_len) & (start < seq_len)
+
+
 @triton.jit(
     do_not_specialize=["page_table_stride", "since_int", "scale_stride", "units"],
     do_not_specialize_on_alignment=["page_table", "cu_seqlens_q", "seq_lens", "since", "scale"],
@@ -52,16 +67,8 @@ def _unit_means_kernel(
         gdc_launch_dependents()
     b = tl.program_id(2)
     head = tl.program_id(1)
-    seq_len = tl.load(seq_lens + b)
-    if SINCE == 0:
-        first = seq_len - (tl.load(cu_seqlens_q + b + 1) - tl.load(cu_seqlens_q + b))
-    elif SINCE == 1:
-        first = since_int
-    else:
-        first = tl.load(since + b)
-    unit = first // UNIT + tl.program_id(0)
-    start = unit * UNIT
-    if (first < seq_len) & (start < seq_len):
+    seq_len, unit, start, stale = stale_unit(cu_seqlens_q, seq_lens, since, since_int, b, UNIT, SINCE)
+    if stale:
         page = tl.load(page_table + b.to(tl.int64) * page_table_stride + start // PAGE_SIZE).to(tl.int64)
         slot = start % PAGE_SIZE
         token = tl.arange(0, UNIT)

@@ -22,8 +22,8 @@ from compactattn._triton.union import (
 )
 from compactattn.data import BlockTable, GroupMask, PrefillBatch
 from compactattn.grouping import DEFAULT_COSTS, candidates, costs_of
-from compactattn.selection import BlockScores, log_alpha
-from compactattn.selectors import FlashPrefill
+from compactattn.selection import BlockScores, log_threshold
+from compactattn.selectors import Scored
 from compactattn.union import span_blocks
 from compactattn.validation import Auto
 
@@ -110,7 +110,7 @@ def _table_from_scores_kernel(
     log_s_stride,
     part_max,
     parts,
-    log_alpha,
+    log_threshold,
     sink_blocks,
     window_blocks,
     dense_queries,
@@ -207,7 +207,7 @@ def _table_from_scores_kernel(
                 known = m < members
                 member = (first_head + m // (stop - first)).to(tl.int64) * q_blocks + first + m % (stop - first)
                 wanted = wanted_blocks(
-                    log_s, log_s_stride, part_max, parts, log_alpha, member, known, j, past_blocks, MAX_PARTS
+                    log_s, log_s_stride, part_max, parts, log_threshold, member, known, j, past_blocks, MAX_PARTS
                 )
                 kept = kept | tl.max(wanted.to(tl.int32), axis=0)
         count = _append(indices + r.to(tl.int64) * kv_blocks, count, kept, j)
@@ -234,13 +234,12 @@ def _table_from_scores_kernel(
 def table_from_scores(
     scores: BlockScores,
     batch: PrefillBatch,
-    selector: FlashPrefill,
+    selector: Scored,
     kv_heads: int,
     heads_per_group: int | Auto,
     query_blocks_per_span: int | Auto | None,
 ) -> BlockTable:
     """What select, unite and build_table give one after the other, without a mask in memory."""
-    assert scores.part_max is not None
     _, heads, q_blocks, kv_blocks = scores.log_s.shape
     device = scores.log_s.device
     group, whole = heads // kv_heads, span_blocks(q_blocks, None)
@@ -271,7 +270,7 @@ def table_from_scores(
                 scores.log_s.stride(2),
                 scores.part_max,
                 scores.part_max.shape[-1],
-                log_alpha(selector),
+                log_threshold(selector),
                 selector.sink_blocks,
                 selector.window_blocks,
                 selector.dense_queries,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compactattn.capture import Capture
     from compactattn.demo import DemoSettings
 
-SELECTORS = ("flashprefill", "xattention", "oracle", "dense")
+SELECTORS = ("flashprefill", "keybounds", "xattention", "oracle", "dense")
 DEFAULT_ALPHA = 0.1  # a little below the published 0.12 and 0.18, which are for far longer prompts
 
 
@@ -111,7 +111,7 @@ def _demo_settings(arguments: argparse.Namespace, capture: Capture) -> DemoSetti
 
 def _selector(name: str, alpha: str | None, block_size: int) -> Any:
     """The selector by its name; what it keeps anyway is scaled down for prompts of a few thousand tokens."""
-    from compactattn.selectors import Dense, FlashPrefill, Oracle, XAttention
+    from compactattn.selectors import Dense, FlashPrefill, KeyBounds, Oracle, XAttention
 
     if alpha is not None and name != "flashprefill":
         raise UsageError(f"--alpha: expected only with --selector flashprefill, got {alpha} with {name}")
@@ -120,6 +120,8 @@ def _selector(name: str, alpha: str | None, block_size: int) -> Any:
     if name == "flashprefill":
         threshold = DEFAULT_ALPHA if alpha is None else fraction("--alpha", alpha)
         return FlashPrefill(alpha=threshold, **kept, **sizes)
+    if name == "keybounds":
+        return KeyBounds(**kept, **sizes)
     if name == "xattention":
         return XAttention(**kept, **sizes)
     if name == "oracle":

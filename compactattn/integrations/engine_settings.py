@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from compactattn.selectors import Dense, FlashPrefill, Selector, XAttention
+from compactattn.selectors import Dense, FlashPrefill, KeyBounds, Selector, XAttention
 from compactattn.settings import load_settings
 from compactattn.validation import (
     DTYPES,
@@ -35,8 +35,9 @@ from compactattn.validation import (
 )
 
 #: selectors by the names that the command line has for them
-SELECTORS: dict[str, type[FlashPrefill | XAttention | Dense]] = {
+SELECTORS: dict[str, type[FlashPrefill | KeyBounds | XAttention | Dense]] = {
     "flashprefill": FlashPrefill,
+    "keybounds": KeyBounds,
     "xattention": XAttention,
     "dense": Dense,
 }
@@ -218,7 +219,27 @@ REFUSED = {
     "logits_soft_cap": "none (this plugin runs no layers with soft-capped scores)",
     "sinks": "none (this plugin runs no layers with attention sinks)",
     "kv_sharing_target_layer_name": "none (this plugin runs no layers that share another layer's KV cache)",
+    "use_irope": "none (this plugin runs no chunked local attention)",
+    "xai_temperature_len": "none (compactattn has no temperature by position)",
+    "pos_encoding_mode": "none (compactattn has no position biases)",
+    "return_lse": "none (this plugin hands no log-sum-exp back)",
 }
+
+
+def check_refused(asked: Mapping[str, object]) -> None:
+    """Refuse, by name, whatever a layer asks for beyond plain attention.
+
+    Args:
+        asked: by the engine's name for it; a value of None or False asks for nothing, and neither does a soft cap of 0.
+
+    Raises:
+        ValueError: naming what was asked for and what is possible.
+    """
+    for name, value in asked.items():
+        if value is None or value is False or (name == "logits_soft_cap" and value == 0):
+            continue
+        shown = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
+        raise fail(name, REFUSED.get(name, "none (unknown here)"), shown)
 
 
 def check_layer(
@@ -239,19 +260,14 @@ def check_layer(
         attention_type: the engine's word for it; "decoder" is causal self-attention.
         cache_dtype: the engine's word for the cache's type; "auto" is the model's.
         settings: of the plugin.
-        others: everything else that the engine asks for, by its name there; a value of None or False asks for nothing,
-            and neither does a soft cap of 0.
+        others: everything else that the engine asks for, see `check_refused`.
 
     Raises:
         ValueError: naming what was asked for and what is possible.
     """
     if attention_type != "decoder":
         raise fail("attention type", "decoder (causal self-attention)", attention_type)
-    for name, value in others.items():
-        if value is None or value is False or (name == "logits_soft_cap" and value == 0):
-            continue
-        shown = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
-        raise fail(name, REFUSED.get(name, "none (unknown here)"), shown)
+    check_refused(others)
     if head_size not in HEAD_DIMS:
         raise fail("head size", "one of " + ", ".join(map(str, HEAD_DIMS)), head_size)
     if cache_dtype not in ("auto", "float16", "bfloat16"):

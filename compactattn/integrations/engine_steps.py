@@ -27,7 +27,7 @@ from compactattn.attention import attend
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.integrations.engine_settings import EngineSettings
 from compactattn.pipeline import prefill
-from compactattn.selectors import Dense, FlashPrefill, Selector
+from compactattn.selectors import Dense, KeyBounds, Scored, Selector
 from compactattn.summary import summarize
 from compactattn.validation import fail
 
@@ -252,10 +252,8 @@ class LayerPlan:
 
     @property
     def needs_summary(self) -> bool:
-        """Whether the layer reads key means."""
-        return not isinstance(self.selector, Dense) and (
-            isinstance(self.selector, FlashPrefill) or self.settings.correction
-        )
+        """Whether the layer reads key means, or bounds."""
+        return not isinstance(self.selector, Dense) and (isinstance(self.selector, Scored) or self.settings.correction)
 
     def new_summary(self, k: Tensor) -> KVSummary | None:
         """Room for the means of a whole cache k [num_pages, page_size, Hkv, D], zero; None if the layer reads none."""
@@ -264,7 +262,9 @@ class LayerPlan:
         pages, page_size, kv_heads, dim = k.shape
         unit = min(page_size, self.selector.block_size)
         k_mean = torch.zeros((pages, page_size // unit, kv_heads, dim), dtype=torch.float32, device=k.device)
-        return KVSummary(k_mean, torch.zeros_like(k_mean) if self.settings.correction else None, unit)
+        v_mean = torch.zeros_like(k_mean) if self.settings.correction else None
+        k_bounds = torch.cat((k_mean, k_mean), dim=-1) if isinstance(self.selector, KeyBounds) else None
+        return KVSummary(k_mean, v_mean, unit, k_bounds=k_bounds)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, step: Step, summary: KVSummary | None, out: Tensor) -> None:
         """The attention of one layer in one step; the cache already holds the step's keys and values.

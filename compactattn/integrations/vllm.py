@@ -265,9 +265,7 @@ class CompactAttentionImpl(AttentionImpl[Step]):
         self._plan = LayerPlan(settings.dense if drafts else settings.of_layer(number), settings, self.scale)
         summary = self._plan.new_summary(self._split(layer.kv_cache)[0])
         self._summaries[layer.kv_cache] = summary
-        if summary is None:
-            return 0
-        return sum(means.nbytes for means in (summary.k_mean, summary.v_mean) if means is not None)
+        return 0 if summary is None else summary.nbytes
 
     def _split(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of a cache [num_blocks, Hkv, block_size, 2 D], each [num_blocks, block_size, Hkv, D]."""

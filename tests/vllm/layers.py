@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +22,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 
 from compactattn.integrations.vllm import CompactAttentionBackend, CompactAttentionMetadataBuilder  # noqa: E402
 from tests.serving import Batch  # noqa: E402
+from tests.speaking import WEIGHTS  # noqa: E402
 
-WEIGHTS = Path(__file__).parents[2] / "benchmarks" / "testbed" / "weights"  # 6 layers, 8 heads over 2, D = 64
-KV_HEADS, HEADS, DIM, NUM_LAYERS = 2, 8, 64, 6
+KV_HEADS, HEADS, DIM, NUM_LAYERS = 2, 8, 64, 6  # of the test bed's model
 names = (f"model.layers.{{}}.run{n}" for n in itertools.count())
 
 

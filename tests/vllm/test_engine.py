@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; tests/vllm/run installs what these tests need")
 
-from tests.vllm.layers import WEIGHTS, engine_arguments  # noqa: I001
+from tests.vllm.layers import engine_arguments  # noqa: I001
 
 import random
 import sys
@@ -30,8 +30,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from compactattn import FlashPrefill, PagedKV, PrefillBatch, cli, prefill
 from compactattn.integrations.engine_steps import LayerPlan
-from compactattn.integrations.transformers import enable
 from compactattn.settings import Settings, load_settings
+from tests.speaking import WEIGHTS, spoken_by_transformers
 
 CHUNK = 256
 FLASH = {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 1, "block_size": 64, "query_block": 64, "dense_keys": 128}
@@ -63,24 +63,6 @@ def speak(llm: LLM, prompts: list[list[int]], tokens: int) -> tuple[list[list[in
     return [list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs]
 
 
-def spoken_by_transformers(ids: list[int], tokens: int, settings: Settings | None) -> list[int]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
-    chunk: dict[str, int] = {}
-    if settings is not None:
-        enable(**settings)
-        model.set_attn_implementation("compactattn")
-        chunk = {"prefill_chunk_size": CHUNK}
-    prompt = torch.tensor([ids])
-    with torch.no_grad():
-        out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
-            pad_token_id=0, **chunk,
-        )  # fmt: skip
-    return out[0, len(ids) :].tolist()
-
-
 @pytest.mark.parametrize("options", [{"selector": "dense"}, FLASH], ids=["dense", "flashprefill"])
 def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any]) -> None:
     ids = list(TEXT[:700])
@@ -88,7 +70,7 @@ def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any]) -> 
     settings = Settings(selector=every_layer, heads_per_group=1, query_blocks_per_span=1) if options == FLASH else None
     with engine(options) as llm:
         spoken, _ = speak(llm, [ids], 24)
-    assert spoken == [spoken_by_transformers(ids, 24, settings)]
+    assert spoken == [spoken_by_transformers(ids, 24, settings, CHUNK)]
 
 
 def test_the_engine_speaks_what_transformers_speaks_on_a_tuned_file(tmp_path: Path) -> None:
@@ -99,11 +81,11 @@ def test_the_engine_speaks_what_transformers_speaks_on_a_tuned_file(tmp_path: Pa
     tune = ["tune", captured, "--out", tuned, "--coverage", "0.6", "--chunk", str(CHUNK), "--heads-per-group", "2"]
     small = ["--block-size", "64", "--query-block", "64", "--sink-blocks", "0", "--window-blocks", "0"]
     assert cli.main([*tune, *small]) == 0
-    ids = list(TEXT[:700])
+    ids = list(TEXT[1000:1700])  # a stretch that the file leaves enough out of
     with engine({"settings": tuned}) as llm:
         spoken, _ = speak(llm, [ids], 24)
-    assert spoken == [spoken_by_transformers(ids, 24, load_settings(tuned))]
-    assert spoken != [spoken_by_transformers(ids, 24, None)], "this file leaves enough out to be heard"
+    assert spoken == [spoken_by_transformers(ids, 24, load_settings(tuned), CHUNK)]
+    assert spoken != [spoken_by_transformers(ids, 24, None, CHUNK)], "this file leaves enough out to be heard"
 
 
 @contextmanager

@@ -23,10 +23,11 @@ tokens cannot be seen in place: the tokens in a `DynamicCache` are no whole numb
 a prompt if `prefill_chunk_size` is a multiple of `block_size`), a `StaticCache` for several requests has a length that
 is no multiple of `block_size`, or requests are left-padded.
 
-The key means that `FlashPrefill` selects by, and the pooled keys of `SeerGate`, are kept per layer of a cache, extended
-by each chunk, and freed with the cache. They are only used while nothing else wrote to the layer: after `crop`,
-`reset`, `reorder_cache` or a step of another attention implementation they are made anew. `SeerGate` undoes RoPE by
-position, so it needs what `generate` gives: position ids that count from each request's first token.
+The key means that `FlashPrefill` selects by, the bounds of `KeyBounds` and the pooled keys of `SeerGate` are kept per
+layer of a cache, extended by each chunk, and freed with the cache. They are only used while nothing else wrote to the
+layer: after `crop`, `reset`, `reorder_cache` or a step of another attention implementation they are made anew.
+`SeerGate` undoes RoPE by position, so it needs what `generate` gives: position ids that count from each request's first
+token.
 
 Facts about transformers (5.1 to 5.24) that this package relies on: an attention function gets K and V as
 [B, Hkv, L, D] after the cache's update, not repeated over heads, and after RoPE; L is the number of tokens for a

@@ -16,7 +16,7 @@ from compactattn.dispatch import BACKENDS
 from compactattn.integrations.transformers.means import cache_layer, follow, summary_of, watch
 from compactattn.integrations.transformers.steps import NAME, chunk_mask, chunk_of, paged
 from compactattn.pipeline import prefill
-from compactattn.selectors import Dense, FlashPrefill, SeerGate, Selector, check_selector
+from compactattn.selectors import Dense, Scored, SeerGate, Selector, check_selector
 from compactattn.summary import summarize
 from compactattn.validation import Auto, check_heads_per_group, check_int, check_span, fail
 
@@ -152,7 +152,7 @@ def _sparse_attention(
     kv = paged(key, value, step, selector.block_size)
     summary = None
     corrected = settings.correction and not isinstance(selector, Dense)
-    if layer is not None and (corrected or isinstance(selector, (FlashPrefill, SeerGate))):
+    if layer is not None and (corrected or isinstance(selector, (Scored, SeerGate))):
         summary = summary_of(layer, key, kv, step, selector, corrected, settings.backend)
     elif corrected:
         summary = summarize(kv, step.batch, block_size=selector.block_size, values=True, backend=settings.backend)

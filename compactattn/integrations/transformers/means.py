@@ -1,4 +1,4 @@
-"""Key means, value means and gate keys, kept beside the layers of a cache, extended by each chunk, freed with it."""
+"""Key means, bounds, value means and gate keys, kept beside a cache's layers, extended by each chunk, freed with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import Cache
 
 from compactattn.data import GateKeys, KVSummary, PagedKV
 from compactattn.integrations.transformers.steps import NAME, Chunk
-from compactattn.selectors import SeerGate, Selector
+from compactattn.selectors import KeyBounds, SeerGate, Selector
 from compactattn.summary import summarize
 
 _local = threading.local()
@@ -111,16 +111,18 @@ def summary_of(
 ) -> KVSummary:
     """The layer's means over its past, to be extended by this step; those that were known are not made again."""
     pooled, block_size = _pooled.get(layer), selector.block_size
-    gate = selector if isinstance(selector, SeerGate) else None
+    gate, bounds = selector if isinstance(selector, SeerGate) else None, isinstance(selector, KeyBounds)
     layout = (tuple(kv.k.shape), kv.k.stride(), tuple(kv.page_table.shape))
     if pooled is not None:
         unseen_writes = pooled.version is None and pooled.keys() is key  # in place, and torch does not count them
         same = pooled.pads == tuple(min(pad, pooled.pooled) for pad in step.pads) and pooled.summary.unit == block_size
         same = same and pooled.gate is gate and (pooled.summary.v_mean is not None) == values
+        same = same and (pooled.summary.k_bounds is not None) == bounds
         if unseen_writes or not same or pooled.seen != step.past:
             pooled = None
     if pooled is None:
-        summary = summarize(kv, step.batch, block_size=block_size, values=values, gate=gate, backend=backend)
+        wanted: dict[str, Any] = {"block_size": block_size, "values": values, "gate": gate, "bounds": bounds}
+        summary = summarize(kv, step.batch, **wanted, backend=backend)
         pooled = _Pooled(weakref.ref(key), None, step.seen, step.seen, step.pads, gate, kv.page_table, layout, summary)
         _pooled[layer] = pooled
     else:
@@ -155,5 +157,5 @@ def _moved(summary: KVSummary, page_table: Tensor, kv: PagedKV) -> KVSummary:
     gate = summary.gate
     if gate is not None:
         gate = GateKeys(moved(gate.pooled), gate.inv_freq, gate.rope_scale)
-    v_mean = None if summary.v_mean is None else moved(summary.v_mean)
-    return KVSummary(moved(summary.k_mean), v_mean, summary.unit, gate)
+    v_mean, k_bounds = (None if part is None else moved(part) for part in (summary.v_mean, summary.k_bounds))
+    return KVSummary(moved(summary.k_mean), v_mean, summary.unit, gate, k_bounds)
