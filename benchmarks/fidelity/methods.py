@@ -70,8 +70,7 @@ class Methods:
             return "no gate weights" + ("" if self.gate_file is None else f": {self.gate_file.name} does not exist")
         if group % row.heads:
             return f"{row.heads} heads do not divide this model's {group} query heads per KV head"
-        missing = sorted(set(map(str, range(self.layers))) ^ row.by_layer.keys()) if row.by_layer else []
-        if missing:
+        if row.by_layer and row.by_layer.keys() != set(map(str, range(self.layers))):
             return f"its settings are of {len(row.by_layer)} layers, this model has {self.layers}"
         if row.dense_layers >= self.layers:
             return f"with {row.dense_layers} dense layers nothing is left of this model's {self.layers}"

@@ -9,9 +9,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.testbed.model import WEIGHTS_DIRECTORY
 from benchmarks.testbed.tasks import SHORTEST
-from benchmarks.testbed.tune_layers import COVERAGES, file_of
 from compactattn.settings import load_settings
 
 K = 1024
@@ -216,6 +214,8 @@ def tuned_rows(weights: Path, coverages: Mapping[float, int]) -> list[Row]:
     Raises:
         FileNotFoundError, ValueError: settings that are not there, or not of FlashPrefill in one setting but for alpha.
     """
+    from benchmarks.testbed.tune_layers import file_of
+
     rows = []
     for coverage, priority in coverages.items():
         path = weights / file_of(coverage)
@@ -261,6 +261,9 @@ def quoka_rows(budgets: dict[float, int]) -> list[Row]:
 
 
 def _rows() -> tuple[Row, ...]:
+    from benchmarks.testbed.model import WEIGHTS_DIRECTORY  # transformers, which whoever reads a result need not have
+    from benchmarks.testbed.tune_layers import COVERAGES
+
     rows = fixed_rows()
     rows += sweep(UNSHARED, "FlashPrefill", "alpha", {0.6: 2, 0.25: 1, 0.12: 1, 0.05: 1, 0.02: 2})
     rows += tuned_rows(WEIGHTS_DIRECTORY, dict.fromkeys(COVERAGES, 1))

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=CHUNK, help="queries per step (default: %(default)s)")
     options = parser.parse_args(arguments)
-    out = options.weights if options.out is None else Path(options.out)
+    out = options.out or options.weights
     try:
         corpus = corpora.load(options.corpus)
         check_corpus(options.weights, corpus)
