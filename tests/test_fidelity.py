@@ -126,8 +126,18 @@ def test_every_planned_row_can_be_made_and_run(methods: Methods) -> None:
     tokens = torch.randint(0, 256, (1, 512), generator=torch.Generator().manual_seed(0))
     kinds = set()
     for row in ROWS.values():
-        row = replace(row, dense_layers=min(row.dense_layers, 1))
-        kind = (row.kind, row.selector, row.heads, row.span, row.dense_layers, row.correction, len(row.settings))
+        layers = {str(n): row.by_layer[str(n)] for n in range(methods.layers)} if row.by_layer else {}
+        row = replace(row, dense_layers=min(row.dense_layers, 1), by_layer=layers)
+        kind = (
+            row.kind,
+            row.selector,
+            row.heads,
+            row.span,
+            row.dense_layers,
+            row.correction,
+            len(row.settings),
+            len(layers),
+        )
         if kind in kinds:
             continue
         kinds.add(kind)
@@ -353,6 +363,7 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
         QUOKA,
         plans.UNSHARED,
         plans.BOUNDS,
+        plans.TUNED,
         "XAttention unshared",
         "SeerAttention unshared",
         "Oracle unshared",

@@ -38,6 +38,11 @@ def test_import_pulls_in_nothing_heavy_or_optional() -> None:
     assert done.stdout.split() == []
 
 
+def test_whoever_reads_a_fidelity_result_needs_no_transformers() -> None:
+    done = python("-c", "import sys, benchmarks.fidelity.report; print('transformers' in sys.modules)")
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
 @pytest.mark.parametrize("name", compactattn.__all__)
 def test_public_names_have_docstrings(name: str) -> None:
     public = getattr(compactattn, name)

@@ -31,6 +31,14 @@ def corpus() -> Corpus:
     return Corpus("3", files("train", 3), files("held", 2))
 
 
+def packed(path: Path) -> None:
+    """A corpus in a file, with so many files that some of them are held out by their paths."""
+    named = {f.path: f.data for f in corpus().train + corpus().heldout}
+    files = tuple(SourceFile(path, data) for path, data in named.items())
+    many = tuple(SourceFile(f"{n}_{f.path}", f.data + b"#" * n) for n in range(12) for f in files)
+    pack(Corpus("3", many, ()), path)
+
+
 def tiny_model(seed: int = 0) -> models.LlamaForCausalLM:
     config = models.testbed_config(
         hidden_size=64,
@@ -196,10 +204,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models.save_model(tiny_model(), tmp_path / "model")
-    named = {f.path: f.data for f in corpus().train + corpus().heldout}
-    files = tuple(SourceFile(path, data) for path, data in named.items())
-    many = tuple(SourceFile(f"{n}_{f.path}", f.data + b"#" * n) for n in range(12) for f in files)
-    pack(Corpus("3", many, ()), tmp_path / "corpus.zip")
+    packed(tmp_path / "corpus.zip")
     arguments = ["--weights", str(tmp_path / "model"), "--corpus", str(tmp_path / "corpus.zip"), "--device", "cpu"]
     settings = ["--max-steps", "2", "--length", "512", "--log-every", "1"]
     train_gate.main([*arguments, *settings, "--out", str(tmp_path / "gates")])

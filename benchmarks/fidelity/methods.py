@@ -70,12 +70,17 @@ class Methods:
             return "no gate weights" + ("" if self.gate_file is None else f": {self.gate_file.name} does not exist")
         if group % row.heads:
             return f"{row.heads} heads do not divide this model's {group} query heads per KV head"
+        if row.by_layer and row.by_layer.keys() != set(map(str, range(self.layers))):
+            return f"its settings are of {len(row.by_layer)} layers, this model has {self.layers}"
         if row.dense_layers >= self.layers:
             return f"with {row.dense_layers} dense layers nothing is left of this model's {self.layers}"
         return None
 
     def selector(self, row: Row) -> Selector | dict[int, Selector]:
         """The row's selector, or one per layer."""
+        if row.by_layer:
+            kind = SELECTORS[row.selector]
+            return {int(number): kind(**{**row.settings, **its}) for number, its in row.by_layer.items()}
         if row.selector != "SeerGate":
             return SELECTORS[row.selector](**row.settings)
         assert self.gate_file is not None  # `why_not` said nothing

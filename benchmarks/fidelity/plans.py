@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 
 from benchmarks.testbed.tasks import SHORTEST
+from compactattn.settings import load_settings
 
 K = 1024
 UNSHARED = "FlashPrefill unshared"
+TUNED = "FlashPrefill tuned by layer"
 BOUNDS = "KeyBounds unshared"
 PAPER = "CompactAttention-FP {} x chunk"
 SEER, LAST = "SeerAttention unshared", " + last 2 query blocks dense"
@@ -37,6 +40,7 @@ class Row:
         dense_layers: the first so many layers are dense.
         correction: whether blocks that are left out speak through their means.
         parameter: the setting that the family sweeps, None for a family of one.
+        by_layer: settings of single layers in place of the row's, by their number, which is text as in JSON.
     """
 
     name: str
@@ -50,13 +54,16 @@ class Row:
     dense_layers: int = 0
     correction: bool = False
     parameter: str | None = None
+    by_layer: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def definition(self) -> dict[str, Any]:
         """What decides the numbers of a row: all but where it stands in the plan and in the report."""
         return definition_of(self.as_json())
 
     def as_json(self) -> dict[str, Any]:
-        return {one.name: getattr(self, one.name) for one in fields(self)} | {"settings": dict(self.settings)}
+        record = {one.name: getattr(self, one.name) for one in fields(self)} | {"settings": dict(self.settings)}
+        by_layer = {number: dict(its) for number, its in record.pop("by_layer").items()}
+        return record | ({"by_layer": by_layer} if by_layer else {})  # a row without has the record that it always had
 
 
 def definition_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +208,38 @@ def _h200_stages() -> tuple[Stage, ...]:
     )
 
 
+def tuned_rows(weights: Path, coverages: Mapping[float, int]) -> list[Row]:
+    """FlashPrefill with an alpha for each layer, as `benchmarks.testbed.tune_layers` found them; the coverage is swept.
+
+    Raises:
+        FileNotFoundError, ValueError: settings that are not there, or not of FlashPrefill in one setting but for alpha.
+    """
+    from benchmarks.testbed.tune_layers import file_of
+
+    rows = []
+    for coverage, priority in coverages.items():
+        path = weights / file_of(coverage)
+        layers = {number: asdict(its) for number, its in load_settings(path)["selector"].items()}
+        alphas = {str(number): {"alpha": its.pop("alpha")} for number, its in layers.items()}
+        settings, *others = layers.values()
+        if any(its != settings for its in others):
+            raise ValueError(f"{path}: expected layers that differ in alpha alone")
+        name = f"{TUNED}: coverage {coverage:g}"
+        rows.append(
+            Row(
+                name,
+                TUNED,
+                "library",
+                priority,
+                "FlashPrefill",
+                settings,
+                parameter="coverage",
+                by_layer=alphas,
+            )
+        )
+    return rows
+
+
 def fixed_rows() -> list[Row]:
     """What every sweep is held against."""
     forced = {"top_k": 0, "sink_blocks": SINK_BLOCKS, "window_blocks": WINDOW_BLOCKS}
@@ -222,8 +261,12 @@ def quoka_rows(budgets: dict[float, int]) -> list[Row]:
 
 
 def _rows() -> tuple[Row, ...]:
+    from benchmarks.testbed.model import WEIGHTS_DIRECTORY  # transformers, which whoever reads a result need not have
+    from benchmarks.testbed.tune_layers import COVERAGES
+
     rows = fixed_rows()
     rows += sweep(UNSHARED, "FlashPrefill", "alpha", {0.6: 2, 0.25: 1, 0.12: 1, 0.05: 1, 0.02: 2})
+    rows += tuned_rows(WEIGHTS_DIRECTORY, dict.fromkeys(COVERAGES, 1))
     rows += quoka_rows({0.25: 1, 0.15: 0, 0.10: 2, 0.05: 1})
     rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", {0.95: 1, 0.6: 0, 0.35: 1, 0.15: 2}, heads=4, span=None)
     for heads in (2, 1):

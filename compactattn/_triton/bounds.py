@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactattn._triton import next_power_of_2, on_device, scale_and_stride
+from compactattn._triton import next_power_of_2, on_device
 from compactattn._triton.launch import launch
-from compactattn._triton.summary import stale_unit, stale_units
+from compactattn._triton.summary import launch_over_units, stale_unit
 from compactattn.data import KVSummary, PagedKV, PrefillBatch
 
 
@@ -83,37 +83,8 @@ def update_bounds(kv: PagedKV, batch: PrefillBatch, bounds: Tensor, unit: int, s
 def _launch_unit_bounds(
     kv: PagedKV, batch: PrefillBatch, bounds: Tensor, unit: int, since: Tensor | int | None, by_page: bool
 ) -> None:
-    units, mode = stale_units(batch, unit, since)
-    if units == 0:
-        return
-    with on_device(kv.k):
-        launch(
-            _unit_bounds_kernel,
-            (units, kv.num_kv_heads, batch.size),
-            kv.k,
-            *kv.k.stride()[:3],
-            kv.page_table,
-            kv.page_table.stride(0),
-            batch.cu_seqlens_q,
-            batch.seq_lens,
-            since if isinstance(since, Tensor) else batch.seq_lens,
-            since if isinstance(since, int) else 0,
-            *scale_and_stride(kv.k_scale),
-            bounds,
-            units,
-            constants={
-                "PAGE_SIZE": kv.page_size,
-                "UNIT": unit,
-                "HEADS": kv.num_kv_heads,
-                "DIM": kv.head_dim,
-                "DIM_PADDED": next_power_of_2(kv.head_dim),
-                "SINCE": mode,
-                "BY_PAGE": by_page,
-            },
-            device=kv.k.device,
-            overlap=True,
-            num_warps=4 if kv.head_dim * kv.k.element_size() <= 256 else 8,
-        )
+    warps = 4 if kv.head_dim * kv.k.element_size() <= 256 else 8
+    launch_over_units(_unit_bounds_kernel, kv.k, kv.k_scale, kv, batch, since, bounds, unit, by_page, warps)
 
 
 @triton.jit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -91,22 +93,25 @@ def stale_units(batch: PrefillBatch, unit: int, since: Tensor | int | None) -> t
     return -(-batch.max_seq_len // unit), SINCE_TENSOR if isinstance(since, Tensor) else SINCE_INT
 
 
-def _launch_unit_means(
+def launch_over_units(
+    kernel: Any,
     cache: Tensor,
     scale: Tensor | None,
     kv: PagedKV,
     batch: PrefillBatch,
     since: Tensor | int | None,
-    means: Tensor,
+    target: Tensor,
     unit: int,
     by_page: bool,
+    num_warps: int = 4,
 ) -> None:
+    """Run a kernel with the parameters of `_unit_means_kernel` over every stale unit; `target` is what it writes."""
     units, mode = stale_units(batch, unit, since)
     if units == 0:
         return
     with on_device(cache):
         launch(
-            _unit_means_kernel,
+            kernel,
             (units, kv.num_kv_heads, batch.size),
             cache,
             *cache.stride()[:3],
@@ -117,7 +122,7 @@ def _launch_unit_means(
             since if isinstance(since, Tensor) else batch.seq_lens,
             since if isinstance(since, int) else 0,
             *scale_and_stride(scale),
-            means,
+            target,
             units,
             constants={
                 "PAGE_SIZE": kv.page_size,
@@ -130,15 +135,19 @@ def _launch_unit_means(
             },
             device=cache.device,
             overlap=True,
-            num_warps=4,
+            num_warps=num_warps,
         )
 
 
 def update_summary(kv: PagedKV, batch: PrefillBatch, summary: KVSummary, since: Tensor | int | None) -> None:
     """Recompute in place every unit that holds a position in [since, seq_lens); since None is past_lens."""
-    _launch_unit_means(kv.k, kv.k_scale, kv, batch, since, summary.k_mean, summary.unit, by_page=True)
+    launch_over_units(
+        _unit_means_kernel, kv.k, kv.k_scale, kv, batch, since, summary.k_mean, summary.unit, by_page=True
+    )
     if summary.v_mean is not None:
-        _launch_unit_means(kv.v, kv.v_scale, kv, batch, since, summary.v_mean, summary.unit, by_page=True)
+        launch_over_units(
+            _unit_means_kernel, kv.v, kv.v_scale, kv, batch, since, summary.v_mean, summary.unit, by_page=True
+        )
 
 
 @triton.jit(
@@ -201,7 +210,7 @@ def block_means(
     blocks_per_program = max(1, 16 * unit // block_size)
     if summary is None:
         means = torch.empty((batch.size, units, heads, dim), dtype=torch.float32, device=kv.k.device)
-        _launch_unit_means(kv.k, kv.k_scale, kv, batch, 0, means, unit, by_page=False)
+        launch_over_units(_unit_means_kernel, kv.k, kv.k_scale, kv, batch, 0, means, unit, by_page=False)
     else:
         means = summary.k_mean
     with on_device(kv.k):
