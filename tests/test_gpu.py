@@ -15,6 +15,7 @@ from compactattn import (
     Dense,
     DensityCounters,
     FlashPrefill,
+    KeyBounds,
     KVSummary,
     PagedKV,
     PrefillBatch,
@@ -99,6 +100,7 @@ AGAIN: list[dict[str, Any]] = [
     {"heads_per_group": "auto", "query_blocks_per_span": "auto"},
     {"heads_per_group": 4, "query_block": 64, "return_lse": True},  # the general kernel
     {"heads_per_group": 2, "dense_last_blocks": 1, "return_lse": True, "given": True},
+    {"heads_per_group": 2, "selector": KeyBounds(0.05, sink_blocks=1, window_blocks=2), "return_lse": True},
 ]
 
 
@@ -110,7 +112,7 @@ def test_a_step_again(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 
     options = dict(options)
     names = [name for name in ("query_block", "dense_last_blocks") if name in options]
-    selector = replace(SELECTOR, **{name: options.pop(name) for name in names})
+    selector = replace(options.pop("selector", SELECTOR), **{name: options.pop(name) for name in names})
     with_summary, given = options.pop("summary", True), options.pop("given", False)
 
     def step(seed: int, q_lens: list[int], seq_lens: list[int]) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compactattn import BlockTable, FlashPrefill, prefill, select_table, summarize
+from compactattn import BlockTable, FlashPrefill, KeyBounds, prefill, select_table, summarize
 from tests.test_gpu import SELECTOR, make_step
 
 pytestmark = pytest.mark.gpu
@@ -33,9 +33,10 @@ def recordings() -> Iterator[Any]:
 
 def bounded_step(seed: int, q_lens: list[int], seq_lens: list[int]) -> tuple[Any, ...]:
     """q, kv, batch and summary of one kind, whatever the lengths; rows beyond the requests hold NaN."""
-    q, kv, batch, summary = make_step(q_lens, seq_lens, seed=seed)
+    q, kv, batch, _ = make_step(q_lens, seq_lens, seed=seed)
     batch = replace(batch, **BOUNDS, prompt_lens=batch.seq_lens.clone())
     kv = replace(kv, page_table=torch.nn.functional.pad(kv.page_table, (0, 32 - kv.page_table.shape[1])))
+    summary = summarize(kv, batch, block_size=128, bounds=True)
     rest = torch.full((600 - len(q), *q.shape[1:]), float("nan"), device="cuda", dtype=q.dtype)
     return torch.cat((q, rest)), kv, batch, summary
 
@@ -53,10 +54,12 @@ def not_again(*_: object) -> None:
 @pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
 @pytest.mark.parametrize("with_summary", [True, False], ids=["summary", "pooled"])
 @pytest.mark.parametrize(
-    "selector", [SELECTOR, replace(SELECTOR, query_block=64, dense_last_blocks=1)], ids=["128", "64, dense end"]
+    "selector",
+    [SELECTOR, replace(SELECTOR, query_block=64, dense_last_blocks=1), KeyBounds(0.05, sink_blocks=1, window_blocks=2)],
+    ids=["128", "64, dense end", "bounds"],
 )
 def test_a_table_again(
-    selector: FlashPrefill, with_summary: bool, grouping: tuple[Any, Any], recordings: Any, monkeypatch: Any
+    selector: FlashPrefill | KeyBounds, with_summary: bool, grouping: tuple[Any, Any], recordings: Any, monkeypatch: Any
 ) -> None:
     from compactattn import pipeline
 

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compactattn import BlockTable, Dense, FlashPrefill, KVSummary, PagedKV, PrefillBatch, summarize
+from compactattn import BlockTable, Dense, FlashPrefill, KeyBounds, KVSummary, PagedKV, PrefillBatch, summarize
 from compactattn._triton import replay
 from compactattn._triton.launch import recorder
 from compactattn._triton.recording import ALIGNMENT, Recording
@@ -207,6 +207,7 @@ OTHER_KINDS = {
     "longest sequence": lambda: make_step(batch=replace(make_step().batch, max_seq_len=61)),
     "prompts": lambda: make_step(batch=PrefillBatch.from_lens([20], [60], prompt_lens=[60])),
     "selector": lambda: make_step(selector=FlashPrefill(alpha=0.5)),
+    "KeyBounds": lambda: make_step(selector=KeyBounds(FlashPrefill().alpha)),
     "heads": lambda: make_step(heads_per_group=2),
     "heads that choose": lambda: make_step(heads_per_group="auto"),
     "span": lambda: make_step(query_blocks_per_span=1),

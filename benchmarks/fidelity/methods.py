@@ -54,7 +54,8 @@ class Methods:
 
     Args:
         model: in evaluation mode.
-        gate_file: gate weights, such as `seer_gate.safetensors` of `benchmarks.testbed.train_gate`; they may be absent.
+        gate_file: gate weights, such as `gate/seer_gate.safetensors` of `benchmarks.testbed.train_gate`; they may be
+            absent.
     """
 
     def __init__(self, model: LlamaForCausalLM, gate_file: Path | None) -> None:

@@ -87,7 +87,7 @@ class Options:
 
     Attributes:
         preset, out: which preset, and the directory of its results.
-        weights: directory of the model; its `seer_gate.safetensors` is used if it is there, or `gate`.
+        weights: directory of the model; its `gate/seer_gate.safetensors` is used if it is there, or `gate`.
         corpus: packed corpus, None for the running Python's library; refused if the model's record names another.
         only: comma-separated parts of row names, or shell patterns; None runs all.
         contexts: comma-separated; None runs all of the preset's.

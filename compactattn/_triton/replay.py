@@ -23,7 +23,7 @@ from compactattn._triton import INTERPRETED, on_device
 from compactattn._triton.launch import recorder
 from compactattn._triton.recording import Recording
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
-from compactattn.selectors import FlashPrefill, Selector
+from compactattn.selectors import FlashPrefill, KeyBounds, Selector
 from compactattn.validation import Auto, check_out, memory_bytes
 
 MOST = 512  # recordings that are kept; then an eighth of them goes, those that were used longest ago
@@ -76,11 +76,12 @@ def kind_of_step(
 ) -> Kind | None:
     """The kind of a step; None for one that is always run anew.
 
-    Replayed are the steps whose kernels all go through `launch`: those of `FlashPrefill` without a correction.
+    Replayed are the steps whose kernels all go through `launch`: those of `FlashPrefill` and `KeyBounds` without a
+    correction.
     Shapes, strides, dtypes and devices are read anew each time: a tensor can be given others in place.
     """
     if not (
-        type(selector) is FlashPrefill
+        type(selector) in (FlashPrefill, KeyBounds)
         and type(kv) is PagedKV
         and kv.k_scale is None  # scales are not among the inputs
         and type(batch) is PrefillBatch
