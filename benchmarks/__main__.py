@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latency.add_argument("--preset", default="cpu", help="h200, smoke (a GPU in a minute) or cpu (default)")
     latency.add_argument("--out", type=directory_name, default=RESULTS, help="directory for latency-PRESET.json")
     latency.add_argument("--cases", help="comma-separated parts of case names, or shell patterns")
-    latency.add_argument("--only", help="comma-separated kinds: step, tables, prompt, scaling, layouts, decode, host")
+    latency.add_argument(
+        "--only", help="comma-separated kinds: step, tables, prompt, scaling, layouts, decode, host, bounds"
+    )
     latency.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
     latency.add_argument("--budget-seconds", type=float, help="start no new case after so long")
     latency.add_argument("--timing-seconds", type=float, help="time to spend on the timed loop of one case")

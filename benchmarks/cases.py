@@ -84,6 +84,7 @@ KINDS = {
     "layouts": "page sizes, unaligned lengths, requests of very different length",
     "decode": "attend alone on decode and speculative rows, which read every block, against dense and the ceilings",
     "host": "host time of a call in steady state and at new lengths, and what it allocates",
+    "bounds": "one chunk selected by KeyBounds beside FlashPrefill: summaries, masks, tables, and the whole",
 }
 
 
@@ -124,7 +125,7 @@ class Case:
     def name(self) -> str:
         """Unique within a preset, and readable: "step-128K-q1024-B1-Hq32-Hkv8-vertical-slash-c1"."""
         parts = [self.kind, _tokens(self.context), f"q{self.chunk}", str(self.shape)]
-        if self.kind in ("step", "prompt", "host", "scaling"):
+        if self.kind in ("step", "prompt", "host", "scaling", "bounds"):
             parts += [self.workload, f"c{self.correlation:g}"]
         if self.page_size != 128:
             parts.append(f"page{self.page_size}")
@@ -181,6 +182,7 @@ def _h200_cases() -> tuple[Case, ...]:
     hosts = [Case("host", shape, context, 1024) for shape, context in itertools.product(both, (128 * K, 8 * K))]
     scaling = [Case("scaling", ONE, 8 * K << n, 1024) for n in range(8)]
     decode = [Case("decode", SERVED, 16 * K, count, "noise", groupings=(PAPER,)) for count in NEW_TOKENS]
+    bounds = [Case("bounds", shape, 128 * K, 1024, peers=False) for shape in both]
     grid = [Case("step", shape, context, 1024) for context in reversed(CONTEXTS) for shape in both]
     chunks = [Case("step", shape, 128 * K, chunk) for chunk in CHUNKS for shape in both]
     spread = [
@@ -193,7 +195,7 @@ def _h200_cases() -> tuple[Case, ...]:
         Case("step", shape, context, chunk)
         for context, chunk, shape in itertools.product(reversed(CONTEXTS), CHUNKS, both)
     ]
-    ordered = [*goal, *tables, *itertools.chain(*prompts), *scaling, *hosts, *layouts, *decode]
+    ordered = [*goal, *tables, *itertools.chain(*prompts), *scaling, *hosts, *bounds, *layouts, *decode]
     cases = dict.fromkeys([*ordered, *spread, *grid, *chunks, *scattered, *rest])
     return tuple(replace(case, groupings=(*GROUPINGS, AUTO)) if _compares_auto(case) else case for case in cases)
 
@@ -212,6 +214,7 @@ def _cpu_cases() -> tuple[Case, ...]:
         *prompt_cases(small, (4 * K, 8 * K), {4 * K: 4, 8 * K: 4}),
         *(replace(small, kind="scaling", context=context * K) for context in (4, 8, 16)),
         replace(small, kind="host"),
+        replace(small, kind="bounds", peers=False),
         replace(small, kind="layouts", shape=replace(SMALL, batch=2), context=4 * K),
         replace(small, kind="decode", shape=replace(SMALL, batch=2), context=4 * K, chunk=4, groupings=(PAPER,)),
         replace(small, context=16 * K),

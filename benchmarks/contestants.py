@@ -20,6 +20,8 @@ from benchmarks.workloads import SELECTOR, Density, Step, measure_density
 from compactattn import (
     BlockTable,
     Dense,
+    FlashPrefill,
+    KeyBounds,
     KVSummary,
     PagedKV,
     PrefillBatch,
@@ -227,19 +229,24 @@ def library(
     rows: Tensor,
     *,
     stages: bool = True,
+    selector: FlashPrefill | KeyBounds = SELECTOR,
 ) -> list[Contestant]:
-    """The library under one grouping: `unite`, `build_table`, `attend`, and the fused `select_table` and `prefill`."""
+    """The library under one grouping: `unite`, `build_table`, `attend`, and the fused `select_table` and `prefill`.
+
+    Names say which selector it is where it is another than the benchmark's own.
+    """
     q, kv, batch, name = step.q, step.kv, step.batch, str(grouping)
+    label = name if selector is SELECTOR else f"{name}, {type(selector).__name__}"
     how, kernel = grouping.arguments, attend_kernel(q, kv, table.block_size, table.query_block)
     exact = gate.reference_rows(q, kv, batch, rows, gate.table_tokens(table, q, kv, batch, rows))
     counts = cases.table_flops(table, batch, step.shape), cases.table_bytes(table, batch, step.shape, q.element_size())
     filled = torch.empty_like(q)
 
     def fused() -> object:
-        return select_table(q, kv, batch, selector=SELECTOR, summary=summary, **how)
+        return select_table(q, kv, batch, selector=selector, summary=summary, **how)
 
     def whole() -> object:
-        return prefill(q, kv, batch, selector=SELECTOR, summary=summary, out=filled, **how)
+        return prefill(q, kv, batch, selector=selector, summary=summary, out=filled, **how)
 
     def same_table(result: BlockTable) -> gate.Verdict:
         return gate.check_table(result, gate.united_rows(selection, batch, result.rows, len(result.counts)))
@@ -250,9 +257,9 @@ def library(
     spoil = functools.partial(filled.fill_, math.nan)
     return [
         *parts,
-        Contestant(f"select_table {name}", "library", fused, same_table, grouping=name, host=True),
+        Contestant(f"select_table {label}", "library", fused, same_table, grouping=name, host=True),
         Contestant(
-            f"prefill {name}", "library", whole, exact.check, *counts, name, spoil=spoil, host=True, kernel=kernel
+            f"prefill {label}", "library", whole, exact.check, *counts, name, spoil=spoil, host=True, kernel=kernel
         ),
     ]
 

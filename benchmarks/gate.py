@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import table_mask
-from compactattn import BlockTable, FlashPrefill, KVSummary, PagedKV, PrefillBatch, SelectionMask
+from compactattn import BlockTable, FlashPrefill, KeyBounds, KVSummary, PagedKV, PrefillBatch, SelectionMask
 from compactattn.quality import QuokaSelection
 
 ROWS = 64
@@ -183,14 +183,20 @@ def quoka_tokens(selection: QuokaSelection, batch: PrefillBatch) -> VisibleToken
 
 
 def check_selection(
-    selection: SelectionMask, q: Tensor, kv: PagedKV, batch: PrefillBatch, selector: FlashPrefill, forced: Tensor
+    selection: SelectionMask,
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    selector: FlashPrefill | KeyBounds,
+    forced: Tensor,
 ) -> Verdict:
-    """A FlashPrefill mask against float64 scores of equal-length requests, whole; open within rounding alone.
+    """A mask against float64 scores of equal-length requests, whole; open within rounding alone.
 
     `forced`: bool [B, Qb, Kb], blocks that are kept without a score. A score moves by the rounding of the block means
-    to q's dtype and by float32 sums: both are under eps(dtype) · scale · max|q| · max|k̄|, twice for the threshold.
+    (or bounds) to q's dtype and by float32 sums: both are under eps(dtype) · scale · max|q| · max|k̄|, twice for the
+    threshold.
     """
-    block_size, query_block, (_, heads, dim) = selector.block_size, selector.query_block, q.shape
+    block_size, (_, heads, dim) = selector.block_size, q.shape
     group, wrong = heads // kv.num_kv_heads, 0
     starts, seq_lens, past_lens = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist(), batch.past_lens.tolist()
     for b, seq_len in enumerate(seq_lens):
@@ -200,19 +206,37 @@ def check_selection(
         late = position[:, None] < torch.arange(1, complete + 1, device=q.device) * block_size - 1
         for h in range(kv.num_kv_heads):
             keys = kv.k[pages, :, h].flatten(0, 1)[: complete * block_size].view(complete, block_size, dim)
-            means = keys.float().mean(1).to(q.dtype).double()
             rows = q[starts[b] : starts[b + 1], h * group : (h + 1) * group].double()
-            scores = torch.einsum("rgd,jd->grj", rows, means).mul_(dim**-0.5).masked_fill_(late, -math.inf)
-            log_s = torch.stack([part.logsumexp(1) for part in scores.split(query_block, 1)], 1)
-            gap = log_s - (log_s.amax(-1, keepdim=True) + math.log(selector.alpha))
-            bound = (
-                2 * torch.finfo(q.dtype).eps * dim**-0.5 * float(rows.norm(dim=-1).amax() * means.norm(dim=-1).amax())
-            )
-            keep = (gap >= 0) & (log_s > -math.inf) | forced[b, :, :complete]
+            score = _gap_to_peak if isinstance(selector, FlashPrefill) else _gap_to_threshold
+            gap, longest = score(rows, keys, late, selector)
+            bound = 2 * torch.finfo(q.dtype).eps * dim**-0.5 * float(rows.norm(dim=-1).amax() * longest)
+            keep = (gap >= 0) & (gap > -math.inf) | forced[b, :, :complete]
             mask = selection.mask[b, h * group : (h + 1) * group, :, :complete]
             wrong += int(((mask != keep) & ~(gap.abs() <= bound)).sum())
         wrong += int((selection.mask[b, :, :, complete:] != forced[b, :, complete:]).sum())
     return Verdict(wrong == 0, float(wrong), batch.max_q_len, "mask against float64 scores")
+
+
+def _gap_to_peak(rows: Tensor, keys: Tensor, late: Tensor, selector: FlashPrefill) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp scores over a query block less the least that is kept [G, Qb, n], the longest mean), float64.
+
+    rows: float64 [q_len, G, D]; keys: [n, block, D]; late: bool [q_len, n], blocks that a row does not score.
+    """
+    means = keys.float().mean(1).to(keys.dtype).double()
+    scores = torch.einsum("rgd,jd->grj", rows, means).mul_(rows.shape[-1] ** -0.5).masked_fill_(late, -math.inf)
+    log_s = torch.stack([part.logsumexp(1) for part in scores.split(selector.query_block, 1)], 1)
+    return log_s - (log_s.amax(-1, keepdim=True) + math.log(selector.alpha)), means.norm(dim=-1).amax()
+
+
+def _gap_to_threshold(rows: Tensor, keys: Tensor, late: Tensor, selector: KeyBounds) -> tuple[Tensor, Tensor]:
+    """(logarithms of the largest share over a query block less the threshold's, the longest bound), as above."""
+    high, low = keys.amax(1).double(), keys.amin(1).double()
+    scores = torch.einsum("rgd,jd->grj", rows.clamp(min=0), high) + torch.einsum("rgd,jd->grj", rows.clamp(max=0), low)
+    scores.mul_(rows.shape[-1] ** -0.5).masked_fill_(late, -math.inf)
+    log_p = scores.log_softmax(-1).masked_fill_(late, -math.inf)  # NaN in rows that score nothing
+    largest = torch.stack([part.amax(1) for part in log_p.split(selector.query_block, 1)], 1)
+    longest = torch.maximum(high.abs(), low.abs()).norm(dim=-1).amax()
+    return largest - math.log(selector.threshold), longest
 
 
 def united(selection: SelectionMask, batch: PrefillBatch, heads: int, span: int | None) -> Tensor:
@@ -280,7 +304,10 @@ def check_table(table: BlockTable, keep: Tensor) -> Verdict:
 
 
 def check_summary(summary: KVSummary, kv: PagedKV, batch: PrefillBatch) -> Verdict:
-    """Means of complete units against float64 means: (unit + 1) rounding steps of float32 on the mean magnitude."""
+    """Means of complete units against float64 means: (unit + 1) rounding steps of float32 on the mean magnitude.
+
+    Where there are bounds, they are exact.
+    """
     wrong = 0
     for b, seq_len in enumerate(batch.seq_lens.tolist()):
         units = seq_len // summary.unit
@@ -291,5 +318,9 @@ def check_summary(summary: KVSummary, kv: PagedKV, batch: PrefillBatch) -> Verdi
         for part in range(0, units, 128):
             piece = keys[part : part + 128].double()
             exact[part : part + 128], size[part : part + 128] = piece.mean(1), piece.abs().mean(1)
+        if summary.k_bounds is not None:
+            bounds = torch.cat((keys.amax(1), keys.amin(1)), -1).float()
+            wrong += int((summary.k_bounds[pages].flatten(0, 1)[:units] != bounds).sum())
         wrong += int((~((got - exact).abs() <= (summary.unit + 1) * 2.0**-23 * size)).sum())
-    return Verdict(wrong == 0, float(wrong), batch.max_seq_len, "means against float64 means")
+    what = "means" if summary.k_bounds is None else "means and bounds"
+    return Verdict(wrong == 0, float(wrong), batch.max_seq_len, f"{what} against float64")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import baselines
+from benchmarks.bounds import bounds_field
 from benchmarks.cases import Case, Preset, matching, preset
 from benchmarks.contestants import Field, decode_field, step_field, tables_field
 from benchmarks.host import measured_host
@@ -239,7 +240,7 @@ def _prepared(case: Case, chosen: Preset, device: str) -> Field:
     if case.kind == "step" and case.peers and device == "cuda":
         capacity = max(capacity, chosen.capacity)
     step = _make(case, device, capacity)
-    fields = {"tables": tables_field, "decode": decode_field, "step": step_field}
+    fields = {"tables": tables_field, "decode": decode_field, "bounds": bounds_field, "step": step_field}
     return fields[case.kind](case, step)
 
 

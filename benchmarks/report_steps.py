@@ -83,6 +83,31 @@ def breakdown_section(result: Record) -> list[str]:
     return table((*head, "all four fused: select_table", "attend", "prefill"), rows)
 
 
+def bounds_section(result: Record) -> list[str]:
+    """KeyBounds beside FlashPrefill: `summarize` and `select`, which no grouping changes, `select_table`, `prefill`."""
+    rows = []
+    for record in of_kind(result, "bounds"):
+        dense = find(record, *DENSE)
+        for key, density in record["density"].items():
+            grouping, selector = key.split(", ")
+            label = grouping if find(record, f"prefill {key}") is None else key
+            whole = find(record, f"prefill {label}")
+            rows.append(
+                (
+                    f"{tokens(record['case']['context'])}, {record['case']['chunk']}, {shape_name(record)}",
+                    selector,
+                    grouping,
+                    number(density["past_density"]["sub_group_union"]),
+                    *(milliseconds(find(record, f"{stage}, {selector}")) for stage in ("summarize", "select")),
+                    milliseconds(find(record, f"select_table {label}")),
+                    milliseconds(whole),
+                    ratio(dense, whole),
+                )
+            )
+    head = ("context, chunk, shape", "selector", "group", "density after union", "summarize ms", "select ms")
+    return table((*head, "select_table ms", "prefill ms", "prefill x"), rows)
+
+
 def steps_section(result: Record) -> list[str]:
     rows = []
     for record in of_kind(result, "step"):

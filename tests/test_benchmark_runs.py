@@ -43,10 +43,24 @@ def test_every_kind_of_h200_case_runs_green_in_small(kind: str) -> None:
 def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of a few small cases leaves behind."""
     out = tmp_path_factory.mktemp("results")
-    patterns = "step-8K-q256-B1-Hq4-Hkv1-vertical-slash-c0.9,step-8K-*-c0,tables-8K-*,prompt-*,scaling-*,host-*"
+    patterns = (
+        "step-8K-q256-B1-Hq4-Hkv1-vertical-slash-c0.9,step-8K-*-c0,tables-8K-*,prompt-*,scaling-*,host-*,bounds-*"
+    )
     options = latency.Options("cpu", out, cases=patterns, shrink=4, timing_seconds=0.01)
     assert latency.run(options) == 0
     return out / "latency-cpu.json"
+
+
+def test_a_report_compares_the_selectors(result: Path) -> None:
+    """Every grouping of both, each with its own times and density."""
+    (record,) = (one for one in load(result)["cases"] if one["case"]["kind"] == "bounds")
+    section = markdown(load(result), []).partition("## KeyBounds beside FlashPrefill")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if "Hq=4" in line]
+    assert len(lines) == len(record["density"]) == 4
+    assert all("nan" not in line and "| - |" not in line for line in lines)
+    for name, line in zip(record["density"], lines, strict=True):
+        assert all(f"| {part} |" in line for part in name.split(", "))
+    assert len({row["name"] for row in record["rows"]}) == 4 + 8 + 1  # stages, the fused ones, dense
 
 
 def test_a_result_has_what_it_must(result: Path) -> None:

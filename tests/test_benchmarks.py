@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import baselines, contestants, flashinfer_peer, gate, latency
+from benchmarks.bounds import BOUNDS
 from benchmarks.cases import (
     AUTO,
     FINEST,
@@ -191,6 +192,21 @@ def test_gate_compares_tables_and_masks_exactly(step: Step) -> None:
     assert gate.check_selection(selection, step.q, step.kv, step.batch, SELECTOR, forced).passed
     selection.mask[1, 2, 0, 3] ^= True
     assert not gate.check_selection(selection, step.q, step.kv, step.batch, SELECTOR, forced).passed
+
+
+def test_gate_compares_bounds_and_their_masks_exactly(step: Step) -> None:
+    over = (step.q, step.kv, step.batch)
+    summary = summarize(step.kv, step.batch, block_size=BOUNDS.block_size, bounds=True)
+    assert gate.check_summary(summary, step.kv, step.batch).passed
+    forced = block_rules(step.batch, BOUNDS).forced
+    selection = select(*over, BOUNDS, summary=summary)
+    assert gate.check_selection(selection, *over, BOUNDS, forced).passed
+    open_to_choice = (~forced).nonzero()[0].tolist()
+    selection.mask[open_to_choice[0], 2, open_to_choice[1], open_to_choice[2]] ^= True
+    assert not gate.check_selection(selection, *over, BOUNDS, forced).passed
+    assert summary.k_bounds is not None
+    summary.k_bounds[step.kv.page_table[0, 0], 0, 0, 5] += 1e-3
+    assert not gate.check_summary(summary, step.kv, step.batch).passed
 
 
 def test_union_by_rows_is_the_union_in_fixed_order(step: Step) -> None:
