@@ -277,7 +277,7 @@ def _rows() -> tuple[Row, ...]:
     shared = {0.05: 1, 0.02: 1, 0.008: 2, 0.002: 2}
     rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", shared, heads=4, span=None)
     rows += sweep("Oracle unshared", "Oracle", "mass", {0.98: 2, 0.93: 2, 0.8: 1})
-    rows += sweep(SEER + LAST, "SeerGate", "threshold", {0.02: 1, 0.008: 0, 0.005: 1}, settings=LAST_BLOCKS)
+    rows += sweep(SEER + LAST, "SeerGate", "threshold", {0.02: 1, 0.008: 1, 0.005: 0, 0.0035: 1}, settings=LAST_BLOCKS)
     bounds = {0.3: 1, 0.13: 0, 0.08: 1, 0.05: 2}
     rows += sweep(BOUNDS, "KeyBounds", "threshold", bounds)
     rows += sweep(BOUNDS + LAST, "KeyBounds", "threshold", {0.3: 1, 0.13: 0}, settings=LAST_BLOCKS)

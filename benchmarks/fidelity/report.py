@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
@@ -354,7 +355,9 @@ def _absent_section(result: Record) -> list[str]:
     lines = [f"- {name} did not run: {why}" for name, why in result["absent"].items()]
     failed = [cell for cell in result["cells"] if cell["status"] != "ok"]
     lines += [
-        f"- {cell['row']} at {_where(cell['context'], cell['chunk'])} FAILED: {cell['reason']}" for cell in failed
+        f"- {cell['row']} at {_where(cell['context'], cell['chunk'])} FAILED: "
+        + shorten(cell["reason"], 120, placeholder=" …")
+        for cell in failed
     ]
     left = result["runs"][-1]["not_run"]
     if left:
