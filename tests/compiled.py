@@ -63,6 +63,7 @@ def run(launcher: str, arch: int, p: dict[str, Any]) -> None:
     )
 
     launch.capability = lambda _: divmod(arch, 10)  # the overlap of launches
+    bound_scores.capability = launch.capability
     dtype = getattr(torch, p.get("dtype", "bfloat16"))
     dim, page_size, block_size = p.get("dim", 128), p.get("page", 128), p.get("block", 128)
     group, query_block, kv_heads, pages = p.get("group", 4), p.get("query_block", 128), 8, 16
@@ -182,6 +183,7 @@ def product_loops(code: list[tuple[int, str]]) -> list[dict[str, Any]]:
             "products": len(places(body, "HGMMA")),
             "waits": places(body, r"WARPGROUP\.DEPBAR"),
             "exponentials": places(body, r"MUFU\.EX2"),
+            "operand_copies": len(places(body, "LDSM")),
             "local_accesses": len(places(body, "LDL")) + len(places(body, "STL")),
         }
         for body in inner
@@ -189,7 +191,7 @@ def product_loops(code: list[tuple[int, str]]) -> list[dict[str, Any]]:
 
 
 def describe(name: str, compiled: Any, log: str) -> dict[str, Any]:
-    """Registers and spills as ptxas counts them; of the Hopper kernels also the loops of their machine code."""
+    """Registers and spills as ptxas counts them; of kernels for warpgroups also the loops of their machine code."""
 
     def numbers(pattern: str) -> list[int]:
         return [int(n) for n in re.findall(pattern, log)]
@@ -202,7 +204,9 @@ def describe(name: str, compiled: Any, log: str) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         "serialised": re.findall(r"C75\d\d", log),
-        "loops": product_loops(disassemble(compiled.asm["cubin"])) if name.startswith("_hopper") else [],
+        "loops": product_loops(disassemble(compiled.asm["cubin"]))
+        if name.startswith(("_hopper", "_key_bounds"))
+        else [],
     }
 
 
