@@ -225,14 +225,12 @@ class BoundsTuning:
         tile: KV blocks per product.
         rows: queries per product, at most.
         num_warps, num_stages: Triton's launch options.
-        registers: per thread, at most; None leaves them to the compiler.
     """
 
     tile: int
     rows: int
     num_warps: int
     num_stages: int
-    registers: int | None = None
 
 
 def bounds_tuning(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> BoundsTuning:
@@ -300,6 +298,5 @@ def key_bounds_scores(
                 overlap=True,
                 num_warps=tuning.num_warps,
                 num_stages=tuning.num_stages,
-                maxnreg=tuning.registers,
             )
     return BlockScores(log_p[..., :kv_blocks], peak)
