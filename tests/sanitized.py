@@ -17,7 +17,17 @@ import torch
 
 import compactattn
 import reference
-from compactattn import BlockTable, Dense, DensityCounters, FlashPrefill, KVSummary, PagedKV, PrefillBatch, XAttention
+from compactattn import (
+    BlockTable,
+    Dense,
+    DensityCounters,
+    FlashPrefill,
+    KeyBounds,
+    KVSummary,
+    PagedKV,
+    PrefillBatch,
+    XAttention,
+)
 from compactattn._triton.hopper_rule import why_not_hopper
 
 Record = TypeVar("Record", PagedKV, PrefillBatch, BlockTable, KVSummary)
@@ -51,11 +61,14 @@ def run_step(name: str) -> str:
         (FlashPrefill(alpha=0.9, sink_blocks=1, window_blocks=1, dense_last_blocks=1, **blocks), fine, False),
         (FlashPrefill(alpha=0.9, sink_blocks=1, window_blocks=1, dense_keys=700, **blocks), coarse, True),
         (FlashPrefill(alpha=0.9, **blocks), ("auto", "auto"), False),
+        (KeyBounds(threshold=0.1, sink_blocks=1, window_blocks=1, **blocks), fine, False),
+        (KeyBounds(threshold=0.1, **blocks), coarse, True),
         (XAttention(threshold=0.5, **blocks), fine, False),
         (Dense(**blocks), coarse, False),
     ):
         grouping = {"heads_per_group": heads, "query_blocks_per_span": span}
-        summary = compactattn.summarize(kv, batch, block_size=block_size, values=True, since=0)
+        bounds = isinstance(selector, KeyBounds) and not correction  # else they are made anew from the keys
+        summary = compactattn.summarize(kv, batch, block_size=block_size, values=True, bounds=bounds, since=0)
         how = {"selector": selector, "summary": summary, "correction": correction, "return_lse": True, **grouping}
         out, lse = compactattn.prefill(q, kv, batch, **how)
         table = compactattn.select_table(q, kv, batch, selector=selector, summary=summary, **grouping)

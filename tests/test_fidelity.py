@@ -30,8 +30,8 @@ from benchmarks.testbed import train_gate
 from benchmarks.testbed.answers import decode, prefill
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY
 from benchmarks.testbed.tasks import ANSWER_WORDS, END, QUESTION, TASKS, Example, TaskSource
-from benchmarks.testbed.train import write_record
 from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
+from benchmarks.testbed.training_record import write_record
 from compactattn import Oracle, select
 from tests.test_quality import step
 
@@ -751,6 +751,29 @@ def test_what_is_measured_twice_or_alone_is_not_joined(result: Path, tmp_path: P
         join.join([paths[0], tmp_path / "." / paths[0].name], tmp_path)
     with pytest.raises(SystemExit):
         main(["join", *map(str, paths), "--out", ""])
+
+
+def test_want_of_memory_says_nothing_of_a_row(result: Path, tmp_path: Path) -> None:
+    """Where shares fill one card, its failures are cells to come; whatever else fails stays."""
+    whole = json.loads(result.read_text())
+    failures = ("out of memory; lower --tokens-at-once (2 GiB)", "RuntimeError: shapes")
+
+    def failing(other: Any) -> None:
+        for cell, why in zip(other["cells"], failures, strict=False):
+            cell |= {"status": "failed", "reason": why}
+
+    paths = halves(result, tmp_path, failing)
+    joined = findings.load(join.join(paths, tmp_path / "both"))
+    wanting, broken = whole["cells"][1], whole["cells"][3]
+    assert len(joined["cells"]) == len(whole["cells"]) - 1
+    assert [join.place(cell) for cell in joined["cells"] if cell["status"] == "failed"] == [join.place(broken)]
+    label = f"{wanting['row']} at 512/128 items {wanting['first']}-{wanting['last']}"
+    assert joined["runs"][-1]["not_run"] == [label]
+    assert f"1 cells were not reached by the last run, {label} the first" in report.markdown(joined, [])
+    measured = halves(result, tmp_path, lambda other: other.update(cells=[wanting]))[1]
+    again = findings.load(join.join([tmp_path / "both" / "fidelity-cpu.json", measured], tmp_path / "again"))
+    assert sorted(map(join.place, again["cells"])) == sorted(map(join.place, whole["cells"]))
+    assert again["runs"][-1]["not_run"] == []
 
 
 def test_results_that_went_on_from_one_have_its_cells_and_runs_once(result: Path, tmp_path: Path) -> None:

@@ -14,14 +14,16 @@ from benchmarks.records import check_fields
 
 PLACE = ("row", "context", "chunk", "first", "last")
 ANSWERS = ("scores", "bits", "bytes")
+OUT_OF_MEMORY = "out of memory"  # the first words of such a cell's reason
 
 
 def join(paths: Sequence[Path], out: Path) -> Path:
     """Write `fidelity-PRESET.json` of several results of that preset into a directory; the results stay as they are.
 
-    A cell that failed in one and was measured in another is measured. Cells and runs that two results have in common,
-    because both went on from a third, are taken once. The last run is said to have left undone what no last run of
-    these results has reached.
+    A cell that failed in one and was measured in another is measured. One that failed for want of memory is left out
+    and counts as not reached, because shares of one card take it from each other. Cells and runs that two results have
+    in common, because both went on from a third, are taken once. The last run is said to have left undone what no last
+    run of these results has reached.
 
     Results of other sources become one where they are seen to answer alike: cells that both have measured, one of a
     library row at least, have the same answers and the same bits; ours stay. The newest sources come last, so that
@@ -40,6 +42,7 @@ def join(paths: Sequence[Path], out: Path) -> Path:
     joined, *others = map(_read, paths)
     for other, path in zip(others, paths[1:], strict=True):
         joined = _both(joined, other, path)
+    joined = _without_want_of_memory(joined)
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"fidelity-{joined['preset']}.json"
     write_json(target, joined)
@@ -89,6 +92,15 @@ def _both(one: Record, other: Record, path: Path) -> Record:
         "runs": runs,
         "cells": cells,
     }
+
+
+def _without_want_of_memory(result: Record) -> Record:
+    """A result whose cells that failed for want of memory are among those that its last run did not reach."""
+    wanting = [cell for cell in result["cells"] if cell.get("reason", "").startswith(OUT_OF_MEMORY)]
+    *runs, last = result["runs"]
+    left = dict.fromkeys([*last["not_run"], *map(_label, wanting)])
+    cells = [cell for cell in result["cells"] if cell not in wanting]
+    return result | {"runs": [*runs, last | {"not_run": list(left)}], "cells": cells}
 
 
 def _sources(result: Record) -> Any:

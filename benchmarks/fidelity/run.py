@@ -39,7 +39,7 @@ import torch
 from benchmarks.baselines import reason
 from benchmarks.fidelity import answering
 from benchmarks.fidelity.items import Items
-from benchmarks.fidelity.join import check_alike, check_rows, joined_model, place
+from benchmarks.fidelity.join import OUT_OF_MEMORY, check_alike, check_rows, joined_model, place
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import (
     DENSE,
@@ -58,8 +58,8 @@ from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.intervals import METHODS as INTERVALS
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model
 from benchmarks.testbed.tasks import ANSWER_WORDS, TaskSource
-from benchmarks.testbed.train import check_corpus, read_record
 from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
+from benchmarks.testbed.training_record import check_corpus, read_record
 
 KIND, SCHEMA = "fidelity", 1
 TASK_SEED = 1  # the examples that training reports on are those of seed 0
@@ -360,7 +360,7 @@ def measured_cell(stage: Stage, row: Row, chosen: Preset, methods: Methods, item
         if stage.probes:
             cell["probe"] = probe(methods, row, items.probes(stage), stage.chunk)
     except torch.OutOfMemoryError as error:
-        cell |= {"status": "failed", "reason": f"out of memory; lower --tokens-at-once ({error})"}
+        cell |= {"status": "failed", "reason": f"{OUT_OF_MEMORY}; lower --tokens-at-once ({error})"}
     except Exception as error:
         traceback.print_exception(error)
         cell |= {"status": "failed", "reason": reason(error), "device_lost": is_device_lost(error, chosen.device)}
