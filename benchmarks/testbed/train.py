@@ -20,31 +20,28 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.arguments import directory_name
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.evaluate import heldout_report, repeat_report
-from benchmarks.testbed.model import load_model, new_model, save_model, testbed_config, write_atomically
+from benchmarks.testbed.model import load_model, new_model, save_model, testbed_config
+from benchmarks.testbed.training_record import machine_of, write_record
 
 # From which share of the budget on the context is 1/divisor of the full one. Short windows are cheap and
 # teach the bytes and words; they leave more than half of the budget to full length.
 CONTEXT_PHASES = ((0.0, 8), (0.15, 4), (0.35, 1))
 GRADIENT_NORM = 1.0
-RECORD_FILE = "training.json"
 INTERIM_WINDOWS = 16
 FINAL_WINDOWS = 128
 
@@ -306,56 +303,6 @@ class Run:
             "loss_curve": self.progress.curve,
             "heldout_curve": self.progress.heldout_curve,
         }
-
-
-def machine_of(device: torch.device) -> dict[str, object]:
-    """What a run was on, for its record."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def write_record(directory: Path, record: dict[str, object]) -> None:
-    """Write `training.json`, one entry a line."""
-    lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items()]
-    write_atomically(directory / RECORD_FILE, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-
-
-def read_record(directory: Path) -> dict[str, Any] | None:
-    """What `training.json` in a directory of weights says; None where there is none.
-
-    Raises:
-        ValueError: not JSON.
-    """
-    try:
-        return json.loads((directory / RECORD_FILE).read_text())
-    except OSError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{directory / RECORD_FILE}: expected JSON, got: {error}") from error
-
-
-def check_corpus(directory: Path, corpus: corpora.Corpus) -> None:
-    """Refuse another text than that which the weights in a directory were trained on, where their record names it.
-
-    Another Python's library is held out by the same paths, yet much of what is held out there was trained on.
-
-    Raises:
-        ValueError: the record names another corpus; or it is not JSON.
-    """
-    theirs, ours = (read_record(directory) or {}).get("corpus"), corpus.statistics()
-    if theirs is not None and theirs["sha256"] != ours["sha256"]:
-        words = "{sha256:.16} (the library of Python {python_version})"
-        expected, got = (words.format_map(its) for its in (theirs, ours))
-        raise ValueError(
-            f"--corpus: expected the text that the model in {directory} was trained on, {expected}, got {got}; "
-            "`python -m benchmarks.testbed.corpus --out FILE` packs the library of the Python that runs it"
-        )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -39,7 +39,8 @@ from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model, write_atomically
 from benchmarks.testbed.record import attention_inputs, parse_layers
 from benchmarks.testbed.tasks import TASKS, Side, TaskSource
-from benchmarks.testbed.train import check_corpus, stopping, usable_device
+from benchmarks.testbed.train import stopping, usable_device
+from benchmarks.testbed.training_record import check_corpus
 from compactattn.seer_gate import rotate, unrotate
 
 WEIGHTS_FILE, RECORD_FILE = "gate/seer_gate.safetensors", "gate/seer_gate.json"

@@ -61,13 +61,11 @@ from benchmarks.testbed.train import (
     FINAL_WINDOWS,
     GRADIENT_NORM,
     INTERIM_WINDOWS,
-    machine_of,
     make_optimizer,
-    read_record,
     stopping,
     usable_device,
-    write_record,
 )
+from benchmarks.testbed.training_record import machine_of, read_record, write_record
 
 HELDOUT_CONTEXT = 8192  # as the first training measured it
 EVALUATED_LENGTHS = (4096, 8192, 16384, 32768)

@@ -23,7 +23,8 @@ from benchmarks.arguments import directory_name
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.model import MODEL_NAME, WEIGHTS_DIRECTORY, load_model
 from benchmarks.testbed.tasks import TaskSource
-from benchmarks.testbed.train import check_corpus, usable_device
+from benchmarks.testbed.train import usable_device
+from benchmarks.testbed.training_record import check_corpus
 from compactattn import FlashPrefill
 from compactattn.capture import open_capture
 from compactattn.integrations.transformers.recording import planned_layout, record
