@@ -203,6 +203,32 @@ def test_another_version_is_launched_by_triton(encoded: list[Any], monkeypatch: 
         assert (entry_of(kernel.run) is not None) == ruled, version
 
 
+@WHERE_IT_WAS_READ
+@pytest.mark.parametrize("arguments", ["iiiKppOOOOOOKK", None])
+def test_another_launcher_of_the_same_version_is_left_to_triton(
+    arguments: str | None, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build between two releases bears the number of one and may have the launcher of the other."""
+    from triton.backends.nvidia import driver as nvidia
+
+    kernel = make_kernel((1,), [])
+    if arguments is None:
+        monkeypatch.delattr(nvidia, "_BASE_ARGS_FORMAT")
+    else:
+        monkeypatch.setattr(nvidia, "_BASE_ARGS_FORMAT", arguments)
+    assert entry_of(kernel.run) is None
+
+
+@WHERE_IT_WAS_READ
+def test_a_wrapper_that_was_not_read_is_left_to_triton(encoded: list[Any]) -> None:
+    def wrapping(launch: Any) -> Any:
+        return lambda *args: launch(*args)
+
+    kernel = make_kernel((1,), [])
+    kernel.run.launch = wrapping(kernel.c_function)
+    assert entry_of(kernel.run) is None
+
+
 def test_a_launcher_that_is_not_cuda_s_is_left_alone() -> None:
     assert entry_of(lambda *_: None) is None
 

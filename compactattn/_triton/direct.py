@@ -3,8 +3,8 @@
 In every launch Triton's Python launcher asks for scratch memory, which no kernel of this library needs, and encodes
 each tensor descriptor anew as the driver's CUtensorMap, which follows from the view that it describes and the address.
 How the C function is called is no interface of Triton, so there is one rule: with the versions whose launcher was read,
-for kernels that need no scratch memory and whose descriptors all become CUtensorMaps. Every other kernel is launched as
-Triton launches it.
+where it says that its arguments are those that were read (builds of one version may differ), for kernels that need no
+scratch memory and whose descriptors all become CUtensorMaps. Every other kernel is launched as Triton launches it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from compactattn._triton.launch import Grid
 
 #: Triton versions whose `CudaLauncher` calls its C function in the way that is repeated here.
 DIRECT_VERSIONS = ((3, 6),)
+ARGUMENTS = "iiiKKppOOOOOO"  # before the kernel's own: what Triton's driver calls `_BASE_ARGS_FORMAT`
+ENCLOSED = {"launcher", "tensordesc_meta"}  # what is read of the Python function around a C function
 MOST_MAPS = 512  # addresses per view: K and V of 256 layers that lie alike
 
 STREAM = object()  # stands for the stream among the arguments of a launch
@@ -78,20 +80,24 @@ def entry_of(run: Any) -> Entry | None:
     """Of a compiled kernel's launcher; None where the rule does not hold."""
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) not in DIRECT_VERSIONS:
         return None
-    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST, CudaLauncher
+    from triton.backends.nvidia import driver as nvidia
 
-    if type(run) is not CudaLauncher or run.global_scratch_size or run.profile_scratch_size:
+    if getattr(nvidia, "_BASE_ARGS_FORMAT", None) != ARGUMENTS or type(run) is not nvidia.CudaLauncher:
+        return None
+    if run.global_scratch_size or run.profile_scratch_size:
         return None
     wrapper = run.launch
     if not hasattr(wrapper, "__closure__"):  # it is the C function: the kernel has no descriptors
         return Entry(wrapper, ())
     names = wrapper.__code__.co_freevars
+    if not set(names) >= ENCLOSED:
+        return None
     enclosed = {name: cell.cell_contents for name, cell in zip(names, wrapper.__closure__, strict=True)}
     ways = []
     for one in enclosed["tensordesc_meta"]:
         if one is None or one["fp4_padded"]:
             return None
-        host_type = TMA_DTYPE_DEVICE_TO_HOST[one["elem_type"]]
+        host_type = nvidia.TMA_DTYPE_DEVICE_TO_HOST[one["elem_type"]]
         ways.append(Way(one["swizzle"], one["elem_size"], host_type, tuple(one["block_size"])))
     return Entry(enclosed["launcher"], tuple(ways))
 
