@@ -156,6 +156,8 @@ def _key_bounds_kernel(
     full_tiles = full // TILE
     factor = scale * LOG2_E if POSITIVE else 1.0
     for part in tl.static_range(QUERY_BLOCK // ROWS):
+        if part > 0:
+            tl.debug_barrier()  # what was stored for the part before is read by other threads than stored it
         row = i * QUERY_BLOCK + part * ROWS + tl.arange(0, ROWS)
         valid = row < q_len
         position = tl.where(valid, past_len + row, -1)
