@@ -13,8 +13,8 @@ from memory once, under any grouping, because the tiles of a KV head run side by
 reader. So a union can save rows alone, about one block's arithmetic each: it is picked where masks are (almost) the
 same, or where memory is the bound. Ties go to the finer grouping, so every backend picks alike.
 
-`prefill` with `FlashPrefill` counts and picks in its own kernels on a GPU, between scores and tables; `unite` does it
-in some thirty small tensor operations. Neither reads a value on the host.
+`prefill` with `FlashPrefill` or `KeyBounds` counts and picks in its own kernels on a GPU, between scores and tables;
+`unite` does it in some thirty small tensor operations. Neither reads a value on the host.
 """
 
 from __future__ import annotations

@@ -83,8 +83,9 @@ def prefill(
         softcap, window, sinks: features of the model's attention, see `attend`. The selection judges plain scores of
             every visible block, whatever they are; `Oracle`, whose word is the exact mass, is refused beside them.
         density: int64 [2], a layer's counters (`DensityCounters.of_layer`), to which the step adds what it reads. On a
-            GPU the launches of a `FlashPrefill` step are remembered and repeated, which costs the host less; steps of
-            other selectors, with counters, features or a correction, or over FP8 caches are launched kernel by kernel.
+            GPU the launches of a step by `FlashPrefill` or `KeyBounds` are remembered and repeated, which costs the
+            host less; steps of other selectors, with counters, features or a correction, or over FP8 caches are
+            launched kernel by kernel.
         return_lse: also return the log-sum-exp, natural log, float32 [T, Hq]; see `attend` for sinks.
         out: where to write the result, [T, Hq, D] of q's dtype; must not overlap q or the cache.
         backend: None (by device), "triton" or "numba".

@@ -62,7 +62,8 @@ class KeyBounds:
     """Blocks where a row may find a key that it attends to, by bounds on the keys (those of Quest, arXiv 2406.10774).
 
     u(r, j) = sum over d of max(scale * q_rd * kmin_jd, scale * q_rd * kmax_jd), where kmin and kmax are the smallest
-    and the largest of each dimension over the keys of the complete block j: no key of the block has a larger score.
+    and the largest of each dimension over the keys of the complete block j, rounded to q's dtype: no key of the block
+    has a larger score, but by the rounding where keys are of another dtype (FP8 with scales).
     p(r, .) = softmax of u(r, .) over the blocks that row r scores, those whose last token it stands at or after.
     Block j is kept iff p(r, j) >= threshold for some row r of the query block.
 
