@@ -1,4 +1,4 @@
-"""Types of command-line arguments."""
+"""Command-line arguments: their types, and what commands that run a preset ask of their options alike."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ from pathlib import Path
 
 
 def directory_name(text: str) -> Path:
-    """A directory; an empty name, of a variable that is not set, is not the current one.
+    """A directory, which may have to be made; an empty name, of a variable that is not set, is not the current one.
 
     Raises:
-        argparse.ArgumentTypeError: an empty name.
+        argparse.ArgumentTypeError: an empty name, or one at or below something that is no directory.
     """
     if not text:
         raise argparse.ArgumentTypeError("expected a directory, got ''")
-    return Path(text)
+    path = Path(text)
+    there = next((one for one in (path, *path.parents) if one.exists()), None)
+    if there is not None and not there.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a directory, got {text!r}, where {there} is a file")
+    return path
+
+
+def check_counts(options: object, *names: str) -> None:
+    """Refuse options of these names that are given and less than 1.
+
+    Raises:
+        ValueError: one of them is.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import baselines
+from benchmarks.arguments import check_counts
 from benchmarks.bounds import bounds_field
 from benchmarks.cases import Case, Preset, matching, preset
 from benchmarks.contestants import Field, decode_field, step_field, tables_field
@@ -78,6 +79,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Run a preset, print progress and a table, write JSON; 0 unless a gate is red or a case fails."""
+    check_counts(options, "shrink", "threads")
     chosen = preset(options.preset)
     if options.timing_seconds is not None:
         chosen = replace(chosen, timing_seconds=options.timing_seconds)

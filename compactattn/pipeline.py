@@ -64,7 +64,7 @@ def prefill(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention of one chunk of queries over a paged KV cache that already holds the chunk.
 
-    Equals `attend(q, kv, batch, build_table(unite(select(q, ...))))`: the same tables, the same bits. On a GPU no
+    Equals `attend(q, kv, batch, build_table(unite(select(q, ...), ...)))`: the same tables, the same bits. On a GPU no
     stage copies K or V or reads a device value on the host, so a call can be captured in a CUDA graph and replayed
     with other lengths, page ids and contents within the batch's bounds.
 

@@ -325,6 +325,8 @@ def test_a_spent_budget_is_reported(tmp_path: Path) -> None:
         (["latency", "--preset", "a100"], "expected h200, smoke or cpu, got 'a100'"),
         (["latency", "--preset", "cpu", "--cases", "nothing"], "got no match"),
         (["latency", "--preset", "cpu", "--only", "prompts"], "expected some of step"),
+        (["latency", "--preset", "cpu", "--shrink", "0"], "--shrink: expected at least 1, got 0"),
+        (["latency", "--preset", "cpu", "--threads", "0"], "--threads: expected at least 1, got 0"),
         (["report", "/nowhere.json"], "got no file"),
         (["report", str(RESULTS)], "expected a file that can be read, got: Is a directory"),
         pytest.param(
@@ -337,3 +339,16 @@ def test_a_spent_budget_is_reported(tmp_path: Path) -> None:
 def test_errors_of_use_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["latency"], ["fidelity"], ["join", "a.json"], ["report", "a.json"]], ids=str)
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_file_is_no_directory_for_results(
+    command: list[str], below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--out", str(file / below)])
+    assert stopped.value.code == 2
+    assert f"--out: expected a directory, got '{file / below}', where {file} is a file" in capsys.readouterr().err

@@ -386,6 +386,9 @@ def test_plans_refuse_what_makes_no_sense() -> None:
         ({"only": "nothing"}, "--only: expected a part of a row's name"),
         ({"contexts": "7"}, r"--contexts: expected some of \[1024\], got '7'"),
         ({"items": 0}, "--items: expected at least 1, got 0"),
+        ({"tokens_at_once": 0}, "--tokens-at-once: expected at least 1, got 0"),
+        ({"threads": -1}, "--threads: expected at least 1, got -1"),
+        ({"gate": Path("absent")}, "--gate: expected a file of gate weights, got 'absent'"),
     ):
         with pytest.raises(ValueError, match=message):
             run.plan(replace(options, **changes))

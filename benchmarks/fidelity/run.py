@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.arguments import check_counts
 from benchmarks.baselines import reason
 from benchmarks.fidelity import answering
 from benchmarks.fidelity.items import Items
@@ -123,6 +124,9 @@ def plan(options: Options) -> Preset:
     Raises:
         ValueError: an unknown preset, or options that leave nothing to run.
     """
+    check_counts(options, "tokens_at_once", "items", "threads")
+    if options.gate is not None and not options.gate.is_file():
+        raise ValueError(f"--gate: expected a file of gate weights, got {str(options.gate)!r}, which is none")
     chosen = preset(options.preset)
     rows, stages = chosen.rows, chosen.stages
     if options.only is not None:
@@ -137,8 +141,6 @@ def plan(options: Options) -> Preset:
             known = sorted({stage.context for stage in chosen.stages})
             raise ValueError(f"--contexts: expected some of {known}, got {options.contexts!r}")
     if options.items is not None:
-        if options.items < 1:
-            raise ValueError(f"--items: expected at least 1, got {options.items}")
         stages = tuple(replace(s, last=min(s.last, options.items)) for s in stages if s.first < options.items)
     changes = {"device": options.device, "budget_seconds": options.budget_seconds}
     changes |= {"tokens_at_once": options.tokens_at_once}

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import baselines
+from benchmarks.arguments import check_counts
 from benchmarks.cases import Preset, matching
 from benchmarks.contestants import groupings_of
 from benchmarks.gate import Verdict
@@ -99,9 +100,7 @@ def planned(options: Options) -> tuple[Preset, list[StackCase]]:
     Raises:
         ValueError: an unknown preset, or options that leave nothing to run.
     """
-    for name in ("shrink", "threads"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    check_counts(options, "shrink", "threads")
     chosen = preset(options.preset)
     changes = {name: getattr(options, name) for name in ("budget_seconds", "timing_seconds", "device")}
     chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
