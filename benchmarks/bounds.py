@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from benchmarks import gate
 from benchmarks.cases import Case
-from benchmarks.contestants import Contestant, Field, add_dense, groupings_of, library, table_of
+from benchmarks.contestants import Field, add_dense, groupings_of, library, selection_stages, table_of
 from benchmarks.workloads import SELECTOR, SINK_BLOCKS, WINDOW_BLOCKS, Step, measure_density
-from compactattn import FlashPrefill, KeyBounds, KVSummary, SelectionMask, select, summarize
-from compactattn.selection import block_rules
+from compactattn import KeyBounds, select, summarize
 
 BOUNDS = KeyBounds(sink_blocks=SINK_BLOCKS, window_blocks=WINDOW_BLOCKS)
 SELECTORS = (SELECTOR, BOUNDS)
@@ -25,30 +24,12 @@ def bounds_field(case: Case, step: Step) -> Field:
         with_bounds = isinstance(selector, KeyBounds)
         summary = summarize(step.kv, step.batch, block_size=selector.block_size, bounds=with_bounds)
         selection = select(step.q, step.kv, step.batch, selector, summary=summary)
-        lineup.contestants.extend(_stages(step, selector, summary))
+        name = type(selector).__name__
+        lineup.contestants.extend(selection_stages(step, summary, selector, f", {name}"))
         for grouping in groupings_of(case, fixed=True):
             table = table_of(step, summary, selection, grouping)
             over = (step, summary, selection, grouping, table, rows)
             lineup.contestants.extend(library(*over, stages=False, selector=selector))
             density = measure_density(step, grouping, selection, table).as_json()
-            lineup.density[f"{grouping}, {type(selector).__name__}"] = density
+            lineup.density[f"{grouping}, {name}"] = density
     return lineup
-
-
-def _stages(step: Step, selector: FlashPrefill | KeyBounds, summary: KVSummary) -> list[Contestant]:
-    """`summarize` (the chunk's own units) and `select`."""
-    q, kv, batch, name = step.q, step.kv, step.batch, type(selector).__name__
-    forced = block_rules(batch, selector).forced
-
-    def chosen(result: SelectionMask) -> gate.Verdict:
-        return gate.check_selection(result, q, kv, batch, selector, forced)
-
-    return [
-        Contestant(
-            f"summarize, {name}",
-            "stage",
-            lambda: summarize(kv, batch, block_size=selector.block_size, summary=summary),
-            lambda result: gate.check_summary(result, kv, batch),
-        ),
-        Contestant(f"select, {name}", "stage", lambda: select(q, kv, batch, selector, summary=summary), chosen),
-    ]

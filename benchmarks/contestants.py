@@ -109,7 +109,7 @@ def step_field(case: Case, step: Step, *, stages: bool = True) -> Field:
     if case.peers and stages:
         _add_peers(lineup, step, rows, finest)
     if stages:
-        lineup.contestants.extend(selection_stages(step, summary, selection))
+        lineup.contestants.extend(selection_stages(step, summary))
     for grouping, table in tables.items():
         lineup.contestants.extend(library(step, summary, selection, grouping, table, rows, stages=stages))
         density = measure_density(step, grouping, selection, table)
@@ -195,27 +195,30 @@ def _free(step: Step) -> Callable[[], object]:
     return lambda: poison_free_memory(step.q)
 
 
-def selection_stages(step: Step, summary: KVSummary, selection: SelectionMask) -> list[Contestant]:
-    """`summarize` (the chunk's own units) and `select`: the same for every grouping."""
+def selection_stages(
+    step: Step, summary: KVSummary, selector: FlashPrefill | KeyBounds = SELECTOR, suffix: str = ""
+) -> list[Contestant]:
+    """`summarize` (the chunk's own units) and `select`: the same for every grouping; `suffix` ends their names."""
     q, kv, batch = step.q, step.kv, step.batch
     first_page = step.past // kv.page_size
     pages = kv.page_table[:, first_page : -(-step.context // kv.page_size)].flatten().long()
-    forced = block_rules(batch, SELECTOR).forced
-    # Only a page that the chunk fills alone may lose all its means: `summarize` restores no others.
+    forced = block_rules(batch, selector).forced
+    # Only a page that the chunk fills alone may lose all that is kept of it: `summarize` restores no others.
     alone = step.past % kv.page_size == 0
+    spoiled = [kept for kept in (summary.k_mean, summary.k_bounds) if alone and kept is not None]
     return [
         Contestant(
-            "summarize",
+            f"summarize{suffix}",
             "stage",
-            lambda: summarize(kv, batch, block_size=SELECTOR.block_size, summary=summary),
+            lambda: summarize(kv, batch, block_size=selector.block_size, summary=summary),
             lambda result: gate.check_summary(result, kv, batch),
-            spoil=(lambda: summary.k_mean.index_fill_(0, pages, math.nan)) if alone else (lambda: None),
+            spoil=lambda: [kept.index_fill_(0, pages, math.nan) for kept in spoiled],
         ),
         Contestant(
-            "select",
+            f"select{suffix}",
             "stage",
-            lambda: select(q, kv, batch, SELECTOR, summary=summary),
-            lambda result: gate.check_selection(result, q, kv, batch, SELECTOR, forced),
+            lambda: select(q, kv, batch, selector, summary=summary),
+            lambda result: gate.check_selection(result, q, kv, batch, selector, forced),
         ),
     ]
 

@@ -37,7 +37,7 @@ def scaling_field(case: Case, step: Step) -> Field:
     selection = select(step.q, step.kv, step.batch, SELECTOR, summary=summary)
     rows = gate.sample_rows(step.batch)
     lineup.contestants.append(score_product(step))
-    lineup.contestants.extend(selection_stages(step, summary, selection))
+    lineup.contestants.extend(selection_stages(step, summary))
     for grouping in groupings_of(case):
         table = table_of(step, summary, selection, grouping)
         fused, whole = library(step, summary, selection, grouping, table, rows, stages=False)

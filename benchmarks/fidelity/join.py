@@ -96,10 +96,13 @@ def _both(one: Record, other: Record, path: Path) -> Record:
 
 def _without_want_of_memory(result: Record) -> Record:
     """A result whose cells that failed for want of memory are among those that its last run did not reach."""
-    wanting = [cell for cell in result["cells"] if cell.get("reason", "").startswith(OUT_OF_MEMORY)]
     *runs, last = result["runs"]
-    left = dict.fromkeys([*last["not_run"], *map(_label, wanting)])
-    cells = [cell for cell in result["cells"] if cell not in wanting]
+    cells, left = [], dict.fromkeys(last["not_run"])
+    for cell in result["cells"]:
+        if cell.get("reason", "").startswith(OUT_OF_MEMORY):
+            left[_label(cell)] = None
+        else:
+            cells.append(cell)
     return result | {"runs": [*runs, last | {"not_run": list(left)}], "cells": cells}
 
 
