@@ -209,6 +209,18 @@ def test_gate_compares_bounds_and_their_masks_exactly(step: Step) -> None:
     assert not gate.check_summary(summary, step.kv, step.batch).passed
 
 
+def test_a_summary_is_spoilt_before_it_is_brought_up_to_date(step: Step) -> None:
+    """Means and bounds of the chunk's own pages, so that a `summarize` that leaves either alone is found out."""
+    summary = summarize(step.kv, step.batch, block_size=BOUNDS.block_size, bounds=True)
+    first = contestants.selection_stages(step, summary, BOUNDS)[0]
+    first.spoil()
+    for kept in (summary.k_mean, summary.k_bounds):
+        assert kept is not None
+        assert kept.isnan().any()
+    assert not first.check(summary).passed
+    assert first.check(first.run()).passed
+
+
 def test_union_by_rows_is_the_union_in_fixed_order(step: Step) -> None:
     selection = select(step.q, step.kv, step.batch, SELECTOR)
     for heads, span in ((1, 1), (4, None), (2, 2)):
