@@ -8,8 +8,9 @@ past, are exact for all of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,21 @@ class Methods:
 
     def selector(self, row: Row) -> Selector | dict[int, Selector]:
         """The row's selector, or one per layer."""
-        if row.by_layer:
-            kind = SELECTORS[row.selector]
-            return {int(number): kind(**{**row.settings, **its}) for number, its in row.by_layer.items()}
-        if row.selector != "SeerGate":
-            return SELECTORS[row.selector](**row.settings)
+        gates = self._gates(row.settings) if row.selector == "SeerGate" else {}
+        if not row.by_layer:
+            return gates or SELECTORS[row.selector](**row.settings)
+        chosen: dict[int, Selector] = {}
+        for number, its in row.by_layer.items():
+            settings: dict[str, Any] = dict(its)
+            name = settings.pop("selector", row.selector)
+            if name == "SeerGate":
+                chosen[int(number)] = replace(gates[int(number)], **settings)
+            else:
+                chosen[int(number)] = SELECTORS[name](**{**row.settings, **settings})
+        return chosen
+
+    def _gates(self, settings: Mapping[str, float]) -> dict[int, Selector]:
+        """The gate of each layer."""
         assert self.gate_file is not None  # `why_not` said nothing
         config, rope = self.model.config, self.model.model.rotary_emb
         gates = load_seer_gates(
@@ -94,7 +105,7 @@ class Methods:
             inv_freq=rope.inv_freq,
             device=self.device,
             rope_scale=float(rope.attention_scaling),
-            **{**self._gate_blocks(), **row.settings},
+            **{**self._gate_blocks(), **settings},
         )
         return dict(gates)
 

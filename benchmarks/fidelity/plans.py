@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,6 +23,7 @@ CONTROL, DENSE, QUOKA = "sink and window only", "dense", "QUOKA"
 LAST_BLOCKS = {"dense_last_blocks": 2}
 SINK_BLOCKS, WINDOW_BLOCKS = 2, 4  # of the control, as in FlashPrefill's own settings
 TEXT = "text"  # a kind of prompt to probe, beside the tasks
+ALLOCATED = {0.10: 1, 0.14: 0, 0.20: 1}  # densities that `benchmarks.fidelity.allocate` divides, and rows' priorities
 NEEDLE_TASKS = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "variable_tracking")
 
 
@@ -40,7 +42,8 @@ class Row:
         dense_layers: the first so many layers are dense.
         correction: whether blocks that are left out speak through their means.
         parameter: the setting that the family sweeps, None for a family of one.
-        by_layer: settings of single layers in place of the row's, by their number, which is text as in JSON.
+        by_layer: settings of single layers in place of the row's, by their number, which is text as in JSON; "selector"
+            among them is the layer's own.
     """
 
     name: str
@@ -54,7 +57,7 @@ class Row:
     dense_layers: int = 0
     correction: bool = False
     parameter: str | None = None
-    by_layer: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    by_layer: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
 
     def definition(self) -> dict[str, Any]:
         """What decides the numbers of a row: all but where it stands in the plan and in the report."""
@@ -240,6 +243,32 @@ def tuned_rows(weights: Path, coverages: Mapping[float, int]) -> list[Row]:
     return rows
 
 
+def allocated_file(density: float) -> str:
+    """Where the layers' settings of a density lie, below the directory of the weights."""
+    return f"layers/density-{density:g}.json"
+
+
+def allocated_rows(weights: Path, densities: Mapping[float, int]) -> list[Row]:
+    """Gates and bounds, by layer, as `benchmarks.fidelity.allocate` divided a density; the density is swept."""
+    rows = []
+    for density, priority in densities.items():
+        path = weights / allocated_file(density)
+        layers = json.loads(path.read_text())["layers"]
+        rows.append(
+            Row(
+                f"allocated by layer{LAST}: density {density:g}",
+                f"allocated by layer{LAST}",
+                "library",
+                priority,
+                "SeerGate",
+                LAST_BLOCKS,
+                parameter="density",
+                by_layer=layers,
+            )
+        )
+    return rows
+
+
 def fixed_rows() -> list[Row]:
     """What every sweep is held against."""
     forced = {"top_k": 0, "sink_blocks": SINK_BLOCKS, "window_blocks": WINDOW_BLOCKS}
@@ -277,7 +306,7 @@ def _rows() -> tuple[Row, ...]:
     shared = {0.05: 1, 0.02: 1, 0.008: 2, 0.002: 2}
     rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", shared, heads=4, span=None)
     rows += sweep("Oracle unshared", "Oracle", "mass", {0.98: 2, 0.93: 2, 0.8: 1})
-    rows += sweep(SEER + LAST, "SeerGate", "threshold", {0.02: 1, 0.008: 1, 0.005: 0, 0.0035: 1}, settings=LAST_BLOCKS)
+    rows += sweep(SEER + LAST, "SeerGate", "threshold", {0.02: 1, 0.008: 1, 0.005: 0, 0.0035: 0}, settings=LAST_BLOCKS)
     bounds = {0.3: 1, 0.13: 0, 0.08: 1, 0.05: 2}
     rows += sweep(BOUNDS, "KeyBounds", "threshold", bounds)
     rows += sweep(BOUNDS + LAST, "KeyBounds", "threshold", {0.3: 1, 0.13: 0}, settings=LAST_BLOCKS)

@@ -1,0 +1,234 @@
+"""`python -m benchmarks.fidelity.allocate`: divide a density between the layers by what each layer's costs the answers.
+
+    python3 -m benchmarks.fidelity.allocate --corpus out/stdlib.zip --device cuda
+
+A threshold that all layers share spends most of a density on the layers that look widest, whether the answers need it
+or not. So each layer is run with each of `OPTIONS` while all others are dense, on prompts of the train side; an option
+costs the Kullback-Leibler divergence of what the model then foresees from what it foresees with dense attention, at
+the answers' tokens and, for text, those of the last chunk. Costs of different layers are taken to add up. For each of
+`plans.ALLOCATED` the cheapest choice of an option per layer whose mean density is no higher is written beside the
+weights, `layers/density-0.14.json` for one, where `fidelity` finds its rows "allocated by layer".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import DynamicCache
+
+from benchmarks.arguments import directory_name
+from benchmarks.fidelity.methods import Methods
+from benchmarks.fidelity.plans import ALLOCATED, LAST_BLOCKS, TEXT, Row, allocated_file
+from benchmarks.fidelity.probing import probe
+from benchmarks.fidelity.run import in_bfloat16
+from benchmarks.testbed import corpus as corpora
+from benchmarks.testbed.answers import prefill
+from benchmarks.testbed.evaluate import heldout_windows
+from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model, write_atomically
+from benchmarks.testbed.tasks import TASKS, TaskSource
+from benchmarks.testbed.train import usable_device
+from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
+from benchmarks.testbed.training_record import check_corpus
+
+CONTEXT, CHUNK, ITEMS = 16_384, 1024, 8
+OPTIONS = (
+    *(("SeerGate", threshold) for threshold in (0.03, 0.02, 0.012, 0.008, 0.005, 0.0035, 0.0025)),
+    *(("KeyBounds", threshold) for threshold in (0.3, 0.13, 0.08)),
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a layer may be run with, and what that was measured to cost.
+
+    Attributes:
+        selector, threshold: the layer's selector.
+        density: of the past that the layer reads, mean over the tasks.
+        nats: divergence from dense attention per token that counts, mean over tasks and text.
+    """
+
+    selector: str
+    threshold: float
+    density: float
+    nats: float
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Prompts of the train side.
+
+    Attributes:
+        windows: int64 [n, context].
+        counted: bool [n, m], which of the last m tokens of a window count; m is at most a chunk.
+        kinds: of each window, a task or text.
+    """
+
+    windows: Tensor
+    counted: Tensor
+    kinds: tuple[str, ...]
+
+
+def cheapest(layers: Sequence[Sequence[Option]], density: float) -> list[Option] | None:
+    """An option of each layer, the nats of all least in sum and the densities at most `density` in the mean.
+
+    None if even the sparsest options of all layers read more. Exact: what is kept from layer to layer are all sums that
+    no other undercuts in both density and nats.
+    """
+    sums: list[tuple[float, float, tuple[Option, ...]]] = [(0.0, 0.0, ())]
+    for options in layers:
+        longer = [
+            (read + option.density, nats + option.nats, (*chosen, option))
+            for read, nats, chosen in sums
+            for option in options
+        ]
+        longer.sort(key=lambda one: one[:2])
+        sums, least = [], math.inf
+        for one in longer:
+            if one[1] < least:
+                sums.append(one)
+                least = one[1]
+    within = [chosen for read, _, chosen in sums if read <= density * len(layers) * (1 + 1e-9)]
+    return list(within[-1]) if within else None  # densities rise, nats fall
+
+
+def prompts(source: TaskSource, context: int, chunk: int, items: int, device: torch.device) -> Prompts:
+    """`items` examples of each task, of which the answers count, and as many stretches of source text, of which the
+    last chunk counts."""
+    last = (context - 2) % chunk + 1  # of `context - 1` tokens, which foresee all but the first
+    text = heldout_windows(source.streams["train"], context, items)[:, :-1]
+    examples = [source.example(task, "train", context, n) for task in TASKS for n in range(items)]
+    counts = [last] * len(text) + [min(last, len(example.target)) for example in examples]
+    windows = np.concatenate([text, np.stack([example.window for example in examples])])
+    counted = np.arange(last) >= last - np.array(counts)[:, None]
+    kinds = (*[TEXT] * len(text), *(example.task for example in examples))
+    return Prompts(torch.from_numpy(windows).to(device), torch.from_numpy(counted).to(device), kinds)
+
+
+class Allocation:
+    """Measures options inside a model.
+
+    Args:
+        methods: the model and its gates.
+        given: prompts.
+        chunk: queries per step.
+    """
+
+    def __init__(self, methods: Methods, given: Prompts, chunk: int) -> None:
+        self.methods, self.given, self.chunk = methods, given, chunk
+        self.dense = self._foreseen(self.row({}))
+
+    def row(self, chosen: Mapping[int, tuple[str, float]]) -> Row:
+        """The row whose layers have these selectors and thresholds; the others are dense."""
+        layers: dict[str, dict[str, float | str]] = {str(n): {"selector": "Dense"} for n in range(self.methods.layers)}
+        layers |= {str(n): {"selector": name, "threshold": threshold} for n, (name, threshold) in chosen.items()}
+        return Row("allocated", "allocated", "library", selector="SeerGate", settings=LAST_BLOCKS, by_layer=layers)
+
+    def options(self) -> Iterator[list[Option]]:
+        """The options of each layer in turn."""
+        everywhere = {option: self._densities(option) for option in OPTIONS}
+        for layer in range(self.methods.layers):
+            yield [
+                Option(*option, everywhere[option][layer], float(f"{self.nats({layer: option}):.4g}"))
+                for option in OPTIONS
+            ]
+
+    def nats(self, chosen: Mapping[int, tuple[str, float]]) -> float:
+        """Divergence per token that counts of a choice from dense attention, each kind of prompt counting alike."""
+        apart = kl_div(self._foreseen(self.row(chosen)), self.dense, reduction="none", log_target=True).sum(-1)
+        apart, kinds = apart * self.given.counted, np.array(self.given.kinds)
+        means = [apart[kinds == kind].sum() / self.given.counted[kinds == kind].sum() for kind in dict.fromkeys(kinds)]
+        return float(torch.stack(means).mean())
+
+    @torch.no_grad()
+    def _foreseen(self, row: Row) -> Tensor:
+        """Log-probabilities float32 [n, m, vocabulary] of the tokens that may count."""
+        model, (count, context) = self.methods.model, self.given.windows.shape
+        fed, last = self.given.windows[:, :-1], self.given.counted.shape[1]
+        cache = DynamicCache(config=model.config)
+        with self.methods.running(row), self.methods.prompts_of(row, context - 1, count):
+            if fed.shape[1] > last:
+                prefill(model, fed[:, :-last], cache, self.chunk)
+            logits = model(input_ids=fed[:, -last:], past_key_values=cache, use_cache=True).logits
+        return logits.float().log_softmax(-1)
+
+    def _densities(self, option: tuple[str, float]) -> list[float]:
+        """What each layer reads of the past where all layers have the option, over two prompts of each task."""
+        row = self.row(dict.fromkeys(range(self.methods.layers), option))
+        windows = {}
+        for kind in TASKS:
+            numbers = [n for n, its in enumerate(self.given.kinds) if its == kind][:2]
+            windows[kind] = list(self.given.windows[numbers].cpu().numpy())
+        return [its["density"]["mask"] for its in probe(self.methods, row, windows, self.chunk)["layers"]]
+
+
+def write(path: Path, chosen: Sequence[Option], layers: Sequence[Sequence[Option]], origin: str) -> None:
+    """Write a choice, with all that it was chosen from, to a file that appears whole or not at all."""
+    content = {
+        "origin": origin,
+        "density": round(float(np.mean([option.density for option in chosen])), 5),
+        "nats": float(f"{sum(option.nats for option in chosen):.4g}"),
+        "layers": {str(n): {"selector": its.selector, "threshold": its.threshold} for n, its in enumerate(chosen)},
+        "measured": {str(n): [asdict(option) for option in options] for n, options in enumerate(layers)},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, choose and write; every foreseeable failure ends in one line of text."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity.allocate", description="Divide a density.")
+    parser.add_argument("--out", type=directory_name, help="directory (default: that of the weights)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS_DIRECTORY, help="the model (default: the committed)")
+    parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="queries per step (default: %(default)s)")
+    parser.add_argument("--items", type=int, default=ITEMS, help="prompts of each kind (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    out, began = options.out or options.weights, time.perf_counter()
+    try:
+        for name in ("context", "chunk", "items"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+        corpus = corpora.load(options.corpus)
+        check_corpus(options.weights, corpus)
+        device = usable_device(options.device)
+        model = load_model(options.weights, device)
+        if device.type == "cuda":
+            in_bfloat16(model)
+        methods = Methods(model, options.weights / GATE_FILE)
+        if not methods.has_gates:
+            raise ValueError(f"{options.weights}: expected gates in {GATE_FILE}, got none; see testbed.train_gate")
+        given = prompts(TaskSource(corpus), options.context, options.chunk, options.items, device)
+        allocation, layers = Allocation(methods, given, options.chunk), []
+        for number, its in enumerate(allocation.options()):
+            layers.append(its)
+            told = ", ".join(f"{one.selector} {one.threshold:g}: {one.density:.3f} {one.nats:.2g}" for one in its)
+            print(f"[{time.perf_counter() - began:6.1f} s] layer {number}: density and nats of {told}", flush=True)
+        for density in ALLOCATED:
+            chosen = cheapest(layers, density)
+            if chosen is None:
+                print(f"density {density:g}: even the sparsest options read more")
+                continue
+            origin = f"{options.items} prompts of each kind, {options.context} tokens in chunks of {options.chunk}"
+            path = out / allocated_file(density)
+            write(path, chosen, layers, origin)
+            told = ", ".join(f"{one.selector} {one.threshold:g}" for one in chosen)
+            together = allocation.nats({n: (one.selector, one.threshold) for n, one in enumerate(chosen)})
+            print(f"{path}: {told}; {sum(one.nats for one in chosen):.3g} nats in sum, {together:.3g} together")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"allocate: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
