@@ -126,7 +126,7 @@ def test_a_command_divides_densities_and_rows_run_with_them(
             assert measured == list(FEW)
             assert (its["selector"], its["threshold"]) in measured
     rows = plans.allocated_rows(tmp_path, {0.6: 1, 1.0: 0})
-    assert rows[1].name == f"allocated by layer{plans.LAST}: density 1"
+    assert rows[1].name == f"{plans.BY_LAYER}{plans.LAST}: density 1"
     methods = Methods(models.load_model(weights, "cpu"), weights / train_gate.WEIGHTS_FILE)
     layers = {"0": {"selector": "KeyBounds", "threshold": 0.3}, "1": {"selector": "SeerGate", "threshold": 0.02}}
     row = replace(rows[0], by_layer=layers)

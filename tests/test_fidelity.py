@@ -355,7 +355,7 @@ def test_the_h200_plan_has_what_the_comparison_needs() -> None:
     # the last stages at 32K are the longest: what they have is what the goals ask for
     last = [row for stage, row in plan.cells() if (stage.context, stage.chunk, stage.last) == (32768, 1024, 512)]
     assert [row.name for row in last if row.kind != "library"] == [DENSE, "QUOKA: kv_ratio 0.15"]
-    ends_dense = {one + plans.LAST for one in (plans.SEER, plans.UNSHARED, plans.BOUNDS)}
+    ends_dense = {one + plans.LAST for one in (plans.SEER, plans.UNSHARED, plans.BOUNDS, plans.BY_LAYER)}
     selected = {plans.PAPER.format(4), plans.SEER, plans.BOUNDS}
     assert {row.family for row in last} == {DENSE, CONTROL, QUOKA} | selected | ends_dense
     swept = {row.family for row in plan.rows if row.parameter}

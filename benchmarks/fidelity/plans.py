@@ -18,12 +18,17 @@ UNSHARED = "FlashPrefill unshared"
 TUNED = "FlashPrefill tuned by layer"
 BOUNDS = "KeyBounds unshared"
 PAPER = "CompactAttention-FP {} x chunk"
-SEER, LAST = "SeerAttention unshared", " + last 2 query blocks dense"
+SEER, BY_LAYER, LAST = "SeerAttention unshared", "allocated by layer", " + last 2 query blocks dense"
 CONTROL, DENSE, QUOKA = "sink and window only", "dense", "QUOKA"
 LAST_BLOCKS = {"dense_last_blocks": 2}
 SINK_BLOCKS, WINDOW_BLOCKS = 2, 4  # of the control, as in FlashPrefill's own settings
 TEXT = "text"  # a kind of prompt to probe, beside the tasks
-ALLOCATED = {0.10: 1, 0.14: 0, 0.20: 1}  # densities that `benchmarks.fidelity.allocate` divides, and rows' priorities
+ALLOCATED = {
+    0.10: 1,
+    0.14: 0,
+    0.20: 0,
+    0.30: 1,
+}  # densities that `benchmarks.fidelity.allocate` divides, and rows' priorities
 NEEDLE_TASKS = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "variable_tracking")
 
 
@@ -256,8 +261,8 @@ def allocated_rows(weights: Path, densities: Mapping[float, int]) -> list[Row]:
         layers = json.loads(path.read_text())["layers"]
         rows.append(
             Row(
-                f"allocated by layer{LAST}: density {density:g}",
-                f"allocated by layer{LAST}",
+                f"{BY_LAYER}{LAST}: density {density:g}",
+                BY_LAYER + LAST,
                 "library",
                 priority,
                 "SeerGate",
@@ -307,6 +312,7 @@ def _rows() -> tuple[Row, ...]:
     rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", shared, heads=4, span=None)
     rows += sweep("Oracle unshared", "Oracle", "mass", {0.98: 2, 0.93: 2, 0.8: 1})
     rows += sweep(SEER + LAST, "SeerGate", "threshold", {0.02: 1, 0.008: 1, 0.005: 0, 0.0035: 0}, settings=LAST_BLOCKS)
+    rows += allocated_rows(WEIGHTS_DIRECTORY, ALLOCATED)
     bounds = {0.3: 1, 0.13: 0, 0.08: 1, 0.05: 2}
     rows += sweep(BOUNDS, "KeyBounds", "threshold", bounds)
     rows += sweep(BOUNDS + LAST, "KeyBounds", "threshold", {0.3: 1, 0.13: 0}, settings=LAST_BLOCKS)
