@@ -50,11 +50,21 @@ def finish(figure: Any, panels: Any, result: Record, path: Path, *, one_legend: 
         elif not labels:
             panel.text(0.5, 0.5, "no such cases in this result", ha="center", transform=panel.transAxes)
     if one_legend and entries:
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=6, fontsize=8)
+        _legend_below(figure, entries)
     where = records.environment_of(result)
     figure.suptitle(f"{where['gpu'] or 'CPU'}, torch {where['torch']}, compactattn {where['compactattn']}", fontsize=9)
     figure.savefig(path, dpi=120, metadata={"Software": None})  # which is the version of matplotlib
     pyplot.close(figure)
+
+
+def _legend_below(figure: Any, entries: dict[str, Any]) -> None:
+    """A legend below all panels, in as many columns as the figure is wide enough for."""
+    for columns in range(min(6, len(entries)), 0, -1):
+        legend = figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=8)
+        figure.draw_without_rendering()
+        if legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def lines(panel: Any, points: dict[str, list[tuple[float, float]]], style: str = "o-") -> None:

@@ -1261,6 +1261,33 @@ def test_figures_draw_contexts_that_were_swept_and_dense_ends_dashed(monkeypatch
     assert styles[UNSHARED.family][0] == "-"
 
 
+def test_a_figure_has_a_look_for_each_family_and_its_legend_inside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """More families than colours, and one that is only there with a dense end."""
+    found = lineup()
+    for n in range(13):
+        row = plans.sweep(f"a rather long name of family {n}", "FlashPrefill", "alpha", {0.4: 1})[0]
+        found[row.name] = (row, 0.1 + 0.02 * n, 0.5)
+    alone = replace(row, name="alone: alpha 0.4", family="alone" + plans.LAST, settings=plans.LAST_BLOCKS)
+    result, figures = made(found | {alone.name: (alone, 0.2, 1.0)}), []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda its, *_, **__: figures.append(its))
+    figure.draw_accuracy(result, tmp_path / "drawn.png")
+    (drawn,) = figures
+    looks = {
+        line.get_label(): (line.get_linestyle(), line.get_color(), line.get_marker()) for line in drawn.axes[0].lines
+    }
+    assert looks[alone.family][0] == "--"
+    del looks["dense"], looks[CONTROL]
+    assert len(looks) >= 15
+    assert len(set(looks.values())) == len(looks)
+    (legend,) = drawn.legends
+    extent = legend.get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= drawn.bbox.width
+    assert len(legend.get_texts()) == len(looks) + 2
+
+
 def test_figures_and_tables_put_rows_of_other_items_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     result = made(lineup())
     cut(result, UNSHARED.name, 0, 30)

@@ -12,6 +12,7 @@ from benchmarks.fidelity.plans import CONTROL, DENSE, LAST, NEEDLE_TASKS, TEXT
 from benchmarks.figure import canvas, finish, lines
 from benchmarks.records import tokens
 
+COLOURS, MARKERS = 10, "os^v"  # of matplotlib's cycle; the next marker where the colours begin again
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -66,17 +67,19 @@ def _panels(result: Record, kinds: Sequence[str]) -> tuple[Any, Any, list[tuple[
 
 
 def _sweeps(panel: Any, result: Record, found: dict[str, Point], kinds: Sequence[str], value: Any) -> None:
-    """A line per family over its density on some kinds of prompt, of one colour in every panel; the control is a cross.
+    """A line per family over its density on some kinds of prompt, of one look in every panel; the control is a cross.
 
-    A family whose prompts end dense is dashed, in its own family's colour. Those with other changes (dense layers, mean
-    correction) have tables of their own.
+    A family whose prompts end dense is dashed, in the colour and with the marker of the one that it is without that.
+    Those with other changes (dense layers, mean correction) have tables of their own.
     """
-    names = [name for name in dict.fromkeys(row["family"] for row in result["rows"].values()) if " + " not in name]
+    swept = (row["family"].removesuffix(LAST) for row in result["rows"].values() if row["parameter"])
+    names = [name for name in dict.fromkeys(swept) if " + " not in name]
     for family, sweep in families(found, kinds).items():
         own = family.removesuffix(LAST)
         if own in names and sweep[0].row["parameter"]:
             points_of = [(point.density(kinds), value(point)) for point in sweep]
-            lines(panel, {family: points_of}, f"C{names.index(own) % 10}o" + ("-" if own == family else "--"))
+            again, colour = divmod(names.index(own), COLOURS)
+            lines(panel, {family: points_of}, f"C{colour}{MARKERS[again]}" + ("-" if own == family else "--"))
     if CONTROL in found and not math.isnan(found[CONTROL].density(kinds)):
         lines(panel, {CONTROL: [(found[CONTROL].density(kinds), value(found[CONTROL]))]}, "kx")
     panel.set_xscale("log")
