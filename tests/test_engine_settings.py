@@ -13,6 +13,7 @@ import torch
 from compactattn import Dense, FlashPrefill, KeyBounds, Oracle, XAttention
 from compactattn.integrations.engine_settings import (
     DENSE_KEYS,
+    OF_ALL_SELECTORS,
     OF_THE_MODEL,
     OF_THE_SELECTOR,
     SETTINGS,
@@ -117,7 +118,22 @@ def test_a_selector_beside_a_file_is_refused_by_name(path: str, own: dict[str, A
 def test_every_setting_is_either_of_the_selector_or_of_the_model() -> None:
     assert sorted(SETTINGS) == sorted([*OF_THE_SELECTOR, *OF_THE_MODEL, "settings"])
     of_selectors = {name for kind in (FlashPrefill, KeyBounds, XAttention, Dense) for name in kind.__dataclass_fields__}
-    assert of_selectors - {"dense_last_blocks"} == {*OF_THE_SELECTOR, "dense_keys", "dense_queries"} - {"selector"}
+    assert of_selectors == {*OF_THE_SELECTOR, *OF_ALL_SELECTORS} - {"selector"}
+
+
+def test_layers_of_a_file_may_end_chunks_dense_or_not(tmp_path: Path) -> None:
+    ending = replace(BY_LAYER[6], dense_last_blocks=2)
+    settings = parse(settings=saved(tmp_path, BY_LAYER | {5: ending}))
+    assert settings.of_layer(5) == ending
+    assert settings.ends_dense
+    path = saved(tmp_path, BY_LAYER)
+    assert not parse(settings=path).ends_dense
+    assert parse(settings=path, dense_last_blocks=1).of_layer(6) == replace(BY_LAYER[6], dense_last_blocks=1)
+    assert not parse(settings=saved(tmp_path, BY_LAYER | {5: ending}), dense_last_blocks=0).ends_dense
+    assert parse(dense_last_blocks=2).of_layer(3) == FlashPrefill(dense_keys=DENSE_KEYS, dense_last_blocks=2)
+    assert parse(dense_last_blocks=2).ends_dense
+    with pytest.raises(ValueError, match="dense_last_blocks: expected an int of at least 0, got -1"):
+        parse(dense_last_blocks=-1)
 
 
 def test_dense_layers_of_a_file_take_the_sizes_of_the_others(tmp_path: Path) -> None:
@@ -136,7 +152,6 @@ def test_dense_layers_of_a_file_take_the_sizes_of_the_others(tmp_path: Path) -> 
         ({"query_block": 128}, "query_block: expected 64, as layer 1 has, got 128"),
         ({"dense_queries": 1}, "dense_queries: expected 3, as layer 1 has, got 1"),
         ({"dense_keys": 0}, "dense_keys: expected 512, as layer 1 has, got 0"),
-        ({"dense_last_blocks": 2}, "dense_last_blocks: expected 0 (an engine's steps do not say how long a prompt is)"),
     ],
     ids=lambda words: next(iter(words)) if isinstance(words, dict) else "",
 )

@@ -155,6 +155,7 @@ TRACES = {
     "keybounds": EngineSettings(KeyBounds(0.5, sink_blocks=1, window_blocks=1, **SIZES), {}),
     "xattention": EngineSettings(XAttention(0.5, **SIZES), {}),
     "oracle": EngineSettings(Oracle(mass=0.5, **SIZES), {}),
+    "dense ends": EngineSettings(replace(FLASH, alpha=1.0, dense_last_blocks=1), {}, 2, None),
     "correction": EngineSettings(FLASH, {}, correction=True),
     "dense": EngineSettings(Dense(**SIZES), {}),
 }
@@ -169,6 +170,7 @@ TRACES = {
         ("keybounds", 32, "HND", 0, 55),
         ("xattention", 32, "NHD", 0, 55),
         ("oracle", 64, "HND", 0, 55),
+        ("dense ends", 32, "NHD", 0, 55),
         ("correction", 64, "NHD", 0, 52),
         ("dense", 64, "NHD", 2, 52),
     ],
@@ -179,7 +181,7 @@ def test_every_request_gets_what_it_gets_alone(name: str, page_size: int, layout
     settings = TRACES[name]
     scheduler = new_scheduler(seed, page_size, drafts)
     layer = Layer(LayerPlan(settings.of_layer(0), settings, DIM**-0.5), POOL // page_size, page_size, layout)
-    assert (layer.summary is not None) == (name in ("flashprefill", "shared tables", "keybounds", "correction"))
+    assert (layer.summary is None) == (name in ("xattention", "oracle", "dense"))
     planner = new_planner(settings, page_size, 1 + drafts)
     selector = replace(settings.of_layer(0), dense_queries=1 + drafts)
     steps = left_out = 0
@@ -208,7 +210,8 @@ def assert_tables_of_its_own(exact: Tokens, selector: Selector, settings: Engine
         "heads_per_group": settings.heads_per_group,
         "query_blocks_per_span": settings.query_blocks_per_span,
     }
-    step = (exact.q, exact.kv, exact.batch)
+    batch = replace(exact.batch, prompt_lens=exact.batch.seq_lens) if settings.ends_dense else exact.batch
+    step = (exact.q, exact.kv, batch)
     table, every = (select_table(*step, selector=s, **grouping) for s in (selector, settings.dense))
     truth = softmax_attention(exact, table, torch.float64, DIM**-0.5)[0]
     order = torch.Generator().manual_seed(0)  # the largest error of a few rows is a matter of luck: try more orders
@@ -257,6 +260,49 @@ def test_pages_filled_and_shared_in_one_step_have_their_means(prompts: list[int]
     assert layer.summary is not None
     assert_means(layer.summary, batch, exact, page_size, values=False)
     assert_tables_of_its_own(exact, settings.of_layer(0), settings, out)
+
+
+def test_each_chunk_of_a_prompt_ends_dense() -> None:
+    """Its last queries read every key, those before them what the selector keeps; a layer without that setting does
+    not."""
+    settings, page_size = EngineSettings(replace(FLASH, alpha=1.0, sink_blocks=0, dense_last_blocks=1), {}), 32
+    plain = replace(settings, others=replace(settings.others, dense_last_blocks=0))
+    assert (settings.ends_dense, plain.ends_dense) == (True, False)
+    scheduler = Scheduler(0, pages=60, page_size=page_size, budget=200, max_requests=12, longest=LONGEST)
+    scheduler.add([scheduler.random.randrange(9) for _ in range(LONGEST)], 1)
+    layers = [Layer(LayerPlan(s.of_layer(0), s, DIM**-0.5), 60, page_size, "NHD") for s in (settings, plain)]
+    for chunk in (200, 200, 48):
+        batch = scheduler.schedule()
+        assert batch.q_lens == [chunk]
+        exact = make_step(batch, kv_heads=KV_HEADS, heads=HEADS, dim=DIM, page_size=page_size, block_size=64)
+        every = select_table(exact.q, exact.kv, exact.batch, selector=settings.dense, heads_per_group=1)
+        dense = softmax_attention(exact, every, torch.float32, DIM**-0.5)[0]
+        out, without = (
+            layer.step(exact.q, batch, exact.keys, exact.values, planned(new_planner(s, page_size), batch))
+            for layer, s in zip(layers, (settings, plain), strict=True)
+        )
+        last = chunk - min(chunk, 64)
+        torch.testing.assert_close(out[last:], dense[last:], rtol=1e-4, atol=1e-5)
+        scheduler.commit(batch)
+        if batch.seq_lens != [chunk]:  # a chunk with a past
+            assert not torch.allclose(without[last:], dense[last:], rtol=1e-2, atol=1e-2)
+        whole = (chunk - 1) // 64 * 64 - 64  # query blocks that no dense position touches
+        if whole > 0:
+            assert torch.equal(out[:whole], without[:whole])
+
+
+def test_steps_whose_chunks_end_dense_are_replayed() -> None:
+    """Lengths and ends of prompts are tensors of their own, though they hold the same."""
+    for ends in (0, 2):
+        settings = EngineSettings(replace(FLASH, dense_last_blocks=ends), {})
+        scheduler = Scheduler(0, pages=60, page_size=32, budget=400, max_requests=12, longest=LONGEST)
+        scheduler.add(list(range(300)), 1)
+        (run,) = planned(new_planner(settings, 32), scheduler.schedule()).runs
+        prompts, lengths = run.batch.prompt_lens, run.batch.seq_lens
+        assert (prompts is None) == (ends == 0)
+        if prompts is not None:
+            assert prompts is not lengths
+            assert torch.equal(prompts, lengths)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1267,7 +1267,9 @@ def test_a_figure_has_a_look_for_each_family_and_its_legend_inside(
     """More families than colours, and one that is only there with a dense end."""
     found = lineup()
     for n in range(13):
-        row = plans.sweep(f"a rather long name of the family that has number {n} of many", "FlashPrefill", "alpha", {0.4: 1})[0]
+        row = plans.sweep(
+            f"a rather long name of the family that has number {n} of many", "FlashPrefill", "alpha", {0.4: 1}
+        )[0]
         found[row.name] = (row, 0.1 + 0.02 * n, 0.5)
     alone = replace(row, name="alone: alpha 0.4", family="alone" + plans.LAST, settings=plans.LAST_BLOCKS)
     result, figures = made(found | {alone.name: (alone, 0.2, 1.0)}), []

@@ -9,8 +9,9 @@ An engine hands over one JSON object, such as
 it, each layer has the selector of the file, as `compactattn.settings` reads it and `compactattn tune` writes it: layers
 that are not in the file are dense, the file's groups hold, and so does every field of its selectors, `dense_keys` too.
 What is said of the whole model beside it (`OF_THE_MODEL`) counts more than the file; a selector and its parameters
-beside it are refused, because the file has those for each layer. Every error is a ValueError that names the setting,
-what was expected and what came.
+beside it are refused, because the file has those for each layer. An engine's steps do not say where a prompt ends:
+`dense_last_blocks` holds for the end of each of a request's chunks, the last of which ends its prompt. Every error is a
+ValueError that names the setting, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ OF_THE_SELECTOR = (
 )
 #: which requests run dense in every layer
 DENSE_REQUESTS = ("dense_keys", "dense_queries")
+#: fields of selectors that may be said of all of them at once
+OF_ALL_SELECTORS = (*DENSE_REQUESTS, "dense_last_blocks")
 #: what holds for the whole model, whatever its selectors are
-OF_THE_MODEL = (*DENSE_REQUESTS, "dense_layers", "heads_per_group", "query_blocks_per_span", "correction")
+OF_THE_MODEL = (*OF_ALL_SELECTORS, "dense_layers", "heads_per_group", "query_blocks_per_span", "correction")
 SETTINGS = (*OF_THE_SELECTOR, *OF_THE_MODEL, "settings")
 #: fields of selectors that all layers share, so that one plan of a step serves them all
 SHARED = ("block_size", "query_block", *DENSE_REQUESTS)
@@ -88,6 +91,11 @@ class EngineSettings:
     def dense(self) -> Dense:
         """Every block, in the sizes that all layers share."""
         return Dense(**{name: getattr(self.others, name) for name in SHARED})
+
+    @property
+    def ends_dense(self) -> bool:
+        """Whether some layer keeps the end of each chunk dense."""
+        return any(selector.dense_last_blocks for selector in (self.others, *self.layers.values()))
 
     @property
     def dense_queries(self) -> int:
@@ -149,7 +157,7 @@ def parse_settings(options: object, name: str) -> EngineSettings:
 
 def _of_one_selector(chosen: dict[str, Any], name: str) -> EngineSettings:
     """Every layer has the selector that the settings describe."""
-    own = {key: chosen.pop(key) for key in (*OF_THE_SELECTOR, *DENSE_REQUESTS) if key in chosen}
+    own = {key: chosen.pop(key) for key in (*OF_THE_SELECTOR, *OF_ALL_SELECTORS) if key in chosen}
     return EngineSettings(_selector({"dense_keys": DENSE_KEYS, **own}, name), {}, **chosen)
 
 
@@ -165,7 +173,7 @@ def _of_file(chosen: dict[str, Any], name: str) -> EngineSettings:
         held = load_settings(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: settings: {error}") from error
-    overrides = {key: chosen.pop(key) for key in DENSE_REQUESTS if key in chosen}
+    overrides = {key: chosen.pop(key) for key in OF_ALL_SELECTORS if key in chosen}
     for key, value in overrides.items():
         check_int(f"{name}: {key}", value, 0)
     layers = {number: replace(selector, **overrides) for number, selector in held["selector"].items()}
@@ -176,7 +184,7 @@ def _of_file(chosen: dict[str, Any], name: str) -> EngineSettings:
 
 
 def _dense_beside(layers: Mapping[int, Selector], where: str) -> Dense:
-    """Every block, in the sizes that all layers share; a ValueError where they do not, or ask what no engine says.
+    """Every block, in the sizes that all layers share; a ValueError where they do not.
 
     A dense layer is the same in all sizes, and takes those of the others.
     """
@@ -187,9 +195,6 @@ def _dense_beside(layers: Mapping[int, Selector], where: str) -> Dense:
             if getattr(selector, key) != getattr(model, key):
                 expected = f"{getattr(model, key)}, as layer {first} has"
                 raise fail(f"{where}: layers.{number}.{key}", expected, getattr(selector, key))
-        if selector.dense_last_blocks:
-            expected = "0 (an engine's steps do not say how long a prompt is)"
-            raise fail(f"{where}: layers.{number}.dense_last_blocks", expected, selector.dense_last_blocks)
     return Dense(**{key: getattr(model, key) for key in SHARED})
 
 

@@ -90,7 +90,7 @@ class PlannedRun:
     Attributes:
         run: the host integers.
         rows: which rows of the step's queries it owns.
-        batch: its lengths, for `prefill`.
+        batch: its lengths, for `prefill`; where chunks end dense, each chunk is said to end its prompt.
         page_table: int32 [requests, pages].
         filled: how many positions this step adds to complete units, as a batch whose "queries" these are and whose
             `seq_lens` end at complete units: what `summarize` has to make anew.
@@ -154,7 +154,7 @@ class StepPlanner:
         heads: Sequence[int],
         device: torch.device | str,
     ) -> None:
-        self.dense = settings.dense
+        self.dense, self.ends_dense = settings.dense, settings.ends_dense
         self.unit = min(page_size, self.dense.block_size)
         self.page_size, self.max_seq_len, self.max_requests = page_size, max_seq_len, max_requests
         self.dense_queries, self.dense_keys = max(dense_queries, settings.dense_queries), settings.dense_keys
@@ -219,10 +219,11 @@ class StepPlanner:
             starts = starts - starts[0]
         own = (starts, seq_lens[first:stop], run.max_q_len)
         filled = (self._filled[first : stop + 1], self._complete[first:stop], run.max_q_len)
+        ends = seq_lens[first:stop] if self.ends_dense else None  # a tensor of its own, or no step would be replayed
         planned = PlannedRun(
             run,
             slice(host_starts[first], host_starts[stop]),
-            PrefillBatch(*own, max(run.max_seq_len, run.max_q_len)),
+            PrefillBatch(*own, max(run.max_seq_len, run.max_q_len), ends),
             page_table[first:stop],
             PrefillBatch(*filled, self.max_seq_len),
             PrefillBatch(*own, self.max_seq_len),
