@@ -17,7 +17,7 @@ import tokenizers
 import torch
 import transformers
 
-from compactattn import Dense, FlashPrefill, cli
+from compactattn import Dense, FlashPrefill, KeyBounds, cli
 from compactattn.capture import Capture, load_capture, save_capture
 from compactattn.cli import capture as command
 from compactattn.cli.values import number_words, numbers, size, size_words
@@ -323,6 +323,23 @@ def test_several_captures_give_every_layer_once(
         assert steps == sorted(steps)
     assert "noise" in json.loads(out.read_text())["origin"]
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_the_threshold_of_bounds_is_tuned_too(
+    captures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "settings.json"
+    arguments = ["tune", str(captures / "a"), "--selector", "keybounds", "--out", str(out), "--coverage", "0.95", *TUNE]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "largest threshold with a mean coverage of at least 0.95" in lines[0]
+    settings = load_settings(out)["selector"]
+    assert list(settings) == [2, 5]
+    told = {int(line.split()[0]): float(line.split()[1]) for line in lines if line.strip()[:1].isdigit()}
+    for layer, selector in settings.items():
+        assert isinstance(selector, KeyBounds)
+        assert 0 < selector.threshold < 1
+        assert told[layer] == pytest.approx(selector.threshold, rel=1e-3)
 
 
 TUNE_REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {

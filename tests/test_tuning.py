@@ -1,4 +1,4 @@
-"""Tuning: the alpha that is found keeps the coverage, and no larger one does."""
+"""Tuning: the threshold that is found keeps the coverage, and no larger one does."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from compactattn import FlashPrefill, PagedKV, PrefillBatch, build_table, select, tuning, unite
+from compactattn import FlashPrefill, KeyBounds, PagedKV, PrefillBatch, build_table, select, tuning, unite
 from compactattn.capture import Capture, CapturedLayer, CaptureFile, open_capture, save_capture
 from compactattn.quality import coverage
-from compactattn.tuning import TuneSettings, _largest_alpha, _rounded_down, steps, tune_layer
+from compactattn.tuning import (
+    TuneSettings,
+    _largest_threshold,
+    _measure,
+    _rounded_down,
+    steps,
+    threshold_name,
+    tune_layer,
+)
 
-SELECTOR = FlashPrefill(sink_blocks=1, window_blocks=1, block_size=64, query_block=64)
+SIZES = {"sink_blocks": 1, "window_blocks": 1, "block_size": 64, "query_block": 64}
+SELECTOR, BOUNDS = FlashPrefill(**SIZES), KeyBounds(**SIZES)
 TOKENS, HEADS, KV_HEADS, DIM = 700, 4, 2, 64
 
 
@@ -46,17 +55,18 @@ def opened(folder: Path, *prompts: list[CapturedLayer], scale: float | None = No
         yield files
 
 
-def mean_coverage(prompts: list[CapturedLayer], settings: TuneSettings, alpha: float, scale: float | None) -> float:
+def mean_coverage(prompts: list[CapturedLayer], settings: TuneSettings, threshold: float, scale: float | None) -> float:
     """Of all queries of chunks with a past, by the library's stages over an unpermuted cache."""
     shares = []
     grouping = {n: getattr(settings, n) for n in ("heads_per_group", "query_blocks_per_span")}
+    selector = replace(settings.selector, **{threshold_name(settings.selector): threshold})
     for layer in prompts:
         for start in range(settings.chunk, len(layer.q), settings.chunk):
             stop = min(start + settings.chunk, len(layer.q))
             keys, values = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -len(x) % 64)) for x in (layer.k, layer.v))
             kv = PagedKV.from_contiguous(keys[None].float(), values[None].float(), 64)
             batch, q = PrefillBatch.from_lens([stop - start], [stop]), layer.q[start:stop].float()
-            mask = select(q, kv, batch, replace(settings.selector, alpha=alpha), scale=scale)
+            mask = select(q, kv, batch, selector, scale=scale)
             table = build_table(unite(mask, batch, **grouping))
             shares.append(coverage(q, kv, batch, table, scale=scale))
     return float(torch.cat(shares).double().mean())
@@ -64,33 +74,45 @@ def mean_coverage(prompts: list[CapturedLayer], settings: TuneSettings, alpha: f
 
 @pytest.mark.parametrize(("heads", "span", "chunk"), [(1, 1, 200), (2, None, 192), (2, 2, 320), (1, 3, 256)])
 @pytest.mark.parametrize("target", [0.9, 0.97])
-def test_no_larger_alpha_keeps_the_coverage(
-    heads: int, span: int | None, chunk: int, target: float, tmp_path: Path
+@pytest.mark.parametrize("selector", [SELECTOR, BOUNDS], ids=["alpha", "threshold"])
+def test_no_larger_threshold_keeps_the_coverage(
+    selector: FlashPrefill | KeyBounds,
+    heads: int,
+    span: int | None,
+    chunk: int,
+    target: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Over two prompts of different lengths: the found alpha does, and of a grid of larger ones none does."""
-    settings = TuneSettings(SELECTOR, target, heads, span, chunk)
+    """Over two prompts of different lengths: the found one does, and of a grid of larger ones none does. It is found
+    by sorting: measuring takes no step back, or one for rounding."""
+    measured = []
+    monkeypatch.setattr(tuning, "_measure", lambda *given: measured.append(_measure(*given)) or measured[-1])
+    settings = TuneSettings(selector, target, heads, span, chunk)
     prompts = [make_layer(3, 1), make_layer(3, 2, tokens=530, dtype=torch.float16)]
     calls: list[None] = []
     with opened(tmp_path, *([layer] for layer in prompts), scale=0.06) as files:
         found = tune_layer(3, files, settings, on_step=lambda: calls.append(None))
     assert len(calls) == sum(steps(len(layer.q), settings) for layer in prompts)
-    alpha = found.selector.alpha
-    assert found.selector == replace(SELECTOR, alpha=alpha)
-    assert 0 < alpha < 1
-    kept = mean_coverage(prompts, settings, alpha, 0.06)
+    assert len(measured) <= 2
+    threshold = found.threshold
+    assert found.selector == replace(selector, **{threshold_name(selector): threshold})
+    assert 0 < threshold < 1
+    kept = mean_coverage(prompts, settings, threshold, 0.06)
     assert float(found.coverage.mean.double().mean()) == pytest.approx(kept, abs=1e-6)
     assert kept >= target
-    # the next larger alphas, from just beyond the four digits that were rounded away
-    larger = [min(1.0, alpha * factor) for factor in (1.0011, 1.01, 1.05, 1.2, 1.5, 2.0)]
+    # the next larger ones, from just beyond the four digits that were rounded away
+    larger = [min(1.0, threshold * factor) for factor in (1.0011, 1.01, 1.05, 1.2, 1.5, 2.0)]
     assert max(mean_coverage(prompts, settings, other, 0.06) for other in larger) < target
 
 
 @pytest.mark.gpu
-def test_a_gpu_finds_the_same_alpha(tmp_path: Path) -> None:
-    settings = TuneSettings(SELECTOR, 0.9, 2, 2, 192)
+@pytest.mark.parametrize("selector", [SELECTOR, BOUNDS], ids=["alpha", "threshold"])
+def test_a_gpu_finds_the_same_threshold(selector: FlashPrefill | KeyBounds, tmp_path: Path) -> None:
+    settings = TuneSettings(selector, 0.9, 2, 2, 192)
     with opened(tmp_path, [make_layer(0, 5)], scale=0.06) as files:
         cpu, gpu = (tune_layer(0, files, settings, device=torch.device(kind)) for kind in ("cpu", "cuda"))
-    assert gpu.selector.alpha == pytest.approx(cpu.selector.alpha, rel=2e-3)
+    assert gpu.threshold == pytest.approx(cpu.threshold, rel=2e-3)
     torch.testing.assert_close(gpu.coverage.mean, cpu.coverage.mean, rtol=1e-3, atol=1e-3)
 
 
@@ -105,7 +127,7 @@ def test_what_is_reported_is_what_the_library_does(tmp_path: Path) -> None:
     assert len(found.coverage.mean) == HEADS
     assert 0 < float(found.coverage.worst.min()) < 0.9
     assert 0 < int(found.coverage.below.sum()) < found.coverage.queries * HEADS
-    assert everything.selector.alpha == 1.0, "only the best block of a row, and what sink and window keep"
+    assert everything.threshold == 1.0, "only the best block of a row, and what sink and window keep"
 
 
 def test_a_step_too_far_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +135,9 @@ def test_a_step_too_far_is_taken_back(tmp_path: Path, monkeypatch: pytest.Monkey
     settings = TuneSettings(SELECTOR, 0.9, chunk=256)
     with opened(tmp_path, [make_layer(0, 5)], scale=0.06) as files:
         right = tune_layer(0, files, settings)
-        monkeypatch.setattr(tuning, "_largest_alpha", lambda *arguments: _largest_alpha(*arguments) * 1.01)
+        monkeypatch.setattr(tuning, "_largest_threshold", lambda *arguments: _largest_threshold(*arguments) * 1.01)
         found = tune_layer(0, files, settings)
-    assert right.selector.alpha * 0.998 < found.selector.alpha <= right.selector.alpha * 1.0001
+    assert right.threshold * 0.998 < found.threshold <= right.threshold * 1.0001
     assert float(found.coverage.mean.double().mean()) >= 0.9
 
 
@@ -124,10 +146,10 @@ def test_steps_of_a_coverage_by_hand() -> None:
     ratio = torch.tensor([0.5, 0.25, 0.25, 0.125]).log()
     mass = torch.tensor([3.0, 1.0, 1.0, 2.0])
     for budget, alpha in ((0.0, 0.125), (1.9, 0.125), (2.0, 0.25), (3.9, 0.25), (4.0, 0.5), (6.9, 0.5), (7.0, 1.0)):
-        assert _largest_alpha(ratio, mass, budget) == pytest.approx(alpha), budget
+        assert _largest_threshold(ratio, mass, budget) == pytest.approx(alpha), budget
 
 
-def test_alphas_are_rounded_down_to_four_digits() -> None:
+def test_thresholds_are_rounded_down_to_four_digits() -> None:
     for alpha, rounded in ((0.123456, 0.1234), (0.9999999, 0.9999), (1.0, 1.0), (1.0000001, 1.0), (0.0, 0.0)):
         assert _rounded_down(alpha) == rounded
     assert _rounded_down(1.23456e-30) == 1.234e-30
@@ -151,16 +173,22 @@ def test_heads_that_the_groups_do_not_divide_are_refused(tmp_path: Path) -> None
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "selector": ({"selector": None}, "selector: expected a FlashPrefill without dense_last_blocks, got None"),
+    "selector": (
+        {"selector": None},
+        "selector: expected a FlashPrefill or KeyBounds without dense_last_blocks, got None",
+    ),
     "end of the prompt": (
         {"selector": replace(SELECTOR, dense_last_blocks=1)},
-        "selector: expected a FlashPrefill without dense_last_blocks",
+        "selector: expected a FlashPrefill or KeyBounds without dense_last_blocks",
     ),
     "coverage": ({"coverage": 1.0}, "coverage: expected a number above 0 and below 1, got 1.0"),
     "nothing": ({"coverage": 0.0}, "coverage: expected a number above 0 and below 1, got 0.0"),
     "nan": ({"coverage": float("nan")}, "coverage: expected a number above 0 and below 1, got nan"),
     "heads": ({"heads_per_group": "auto"}, "heads_per_group: expected groups that do not depend on alpha, got 'auto'"),
-    "span": ({"query_blocks_per_span": "auto"}, "query_blocks_per_span: expected groups that do not depend on alpha"),
+    "span": (
+        {"selector": BOUNDS, "query_blocks_per_span": "auto"},
+        "query_blocks_per_span: expected groups that do not depend on threshold, got 'auto'",
+    ),
     "no span": ({"query_blocks_per_span": 0}, "query_blocks_per_span: expected an int of at least 1, got 0"),
     "chunk": ({"chunk": 0}, "chunk: expected an int of at least 1, got 0"),
 }

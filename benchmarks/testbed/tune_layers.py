@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
             origin = f"mean coverage {coverage:g} in chunks of {options.chunk}, prompts of {options.context} tokens"
             chosen = {layer.layer: layer.selector for layer in layers}
             save_settings(path, Settings(selector=chosen, heads_per_group=1, query_blocks_per_span=1), origin=origin)
-            alphas = ", ".join(f"{layer.selector.alpha:g}" for layer in layers)
+            alphas = ", ".join(f"{layer.threshold:g}" for layer in layers)
             print(f"{path}: alpha {alphas}")
     except (ValueError, OSError) as error:
         raise SystemExit(f"tune_layers: {error}") from error

@@ -1,4 +1,4 @@
-"""`compactattn tune`: the largest alpha of each captured layer that keeps enough of the attention."""
+"""`compactattn tune`: the largest threshold of each captured layer that keeps enough of the attention."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from compactattn.capture import CaptureFile
     from compactattn.tuning import LayerTuning, TuneSettings
 
+SELECTORS = ("flashprefill", "keybounds")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -34,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--coverage", metavar="C", default="0.98", help="mean coverage to keep, above 0, below 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--selector",
+        choices=SELECTORS,
+        default=SELECTORS[0],
+        help="whose threshold: flashprefill's alpha, or that of keybounds (default: %(default)s)",
     )
     parser.add_argument("--out", metavar="FILE", required=True, help="the settings, JSON that `load_settings` reads")
     parser.add_argument("--chunk", metavar="N", default="1024", help="queries per step (default: %(default)s)")
@@ -81,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> TuneSettings:
-    from compactattn.selectors import FlashPrefill
+    from compactattn.selectors import FlashPrefill, KeyBounds
     from compactattn.tuning import TuneSettings
     from compactattn.validation import BLOCK_SIZES, QUERY_BLOCKS
 
@@ -89,8 +97,9 @@ def _settings(arguments: argparse.Namespace) -> TuneSettings:
     span = None
     if arguments.query_blocks_per_span != "chunk":
         span = integer("--query-blocks-per-span", arguments.query_blocks_per_span, some, word="chunk")
+    kind = FlashPrefill if arguments.selector == SELECTORS[0] else KeyBounds
     return TuneSettings(
-        FlashPrefill(
+        kind(
             block_size=integer("--block-size", arguments.block_size, BLOCK_SIZES),
             query_block=integer("--query-block", arguments.query_block, QUERY_BLOCKS),
             sink_blocks=integer("--sink-blocks", arguments.sink_blocks, any_number),
@@ -160,19 +169,21 @@ def _save(arguments: argparse.Namespace, found: list[LayerTuning], settings: Tun
 def _as_text(arguments: argparse.Namespace, found: list[LayerTuning], settings: TuneSettings, model: str) -> str:
     """What was asked for, then a row per layer."""
     from compactattn.demo_text import aligned, percent
+    from compactattn.tuning import threshold_name
 
+    name = threshold_name(settings.selector)
     heading = [
-        escaped(f"{model}: largest alpha with a mean coverage of at least {settings.coverage:.4g}"),
+        escaped(f"{model}: largest {name} with a mean coverage of at least {settings.coverage:.4g}"),
         f"chunks of {settings.chunk}, heads_per_group={settings.heads_per_group}, "
         f"query_blocks_per_span={settings.query_blocks_per_span}; density of the past and coverage are averages over "
         "the chunks after the first [%]",
     ]
-    table = [["layer", "alpha", "mask", "query-block", "sub-group", "full group", "coverage", "worst", "under 90 %"]]
+    table = [["layer", name, "mask", "query-block", "sub-group", "full group", "coverage", "worst", "under 90 %"]]
     for layer in found:
         densities, its = layer.cascade.densities(), layer.coverage
         below = int(its.below.sum()) / (its.queries * len(its.below))
         coverage = [float(its.mean.double().mean()), float(its.worst.min()), below]
-        row = [f"{layer.selector.alpha:.4g}", *(percent(share) for share in (*densities.values(), *coverage))]
+        row = [f"{layer.threshold:.4g}", *(percent(share) for share in (*densities.values(), *coverage))]
         table.append([str(layer.layer), *row])
     written = escaped(f"{arguments.out}: enable(**load_settings(...)) runs these layers so, and all others dense")
     return "\n".join([*heading, "", *aligned(table), "", written])
@@ -183,15 +194,16 @@ def _as_json(found: list[LayerTuning], settings: TuneSettings) -> dict[str, Any]
     from dataclasses import asdict
 
     from compactattn.demo_text import coverage_json
+    from compactattn.tuning import threshold_name
 
-    asked = asdict(settings)
-    del asked["selector"]["alpha"]  # that of each layer is what was found
+    asked, name = asdict(settings), threshold_name(settings.selector)
+    del asked["selector"][name]  # that of each layer is what was found
     return {
         "settings": asked,
         "layers": [
             {
                 "layer": layer.layer,
-                "alpha": layer.selector.alpha,
+                name: layer.threshold,
                 "density": layer.cascade.densities(),
                 "coverage": coverage_json(layer.coverage),
             }
