@@ -12,7 +12,6 @@ weights, `layers/density-0.14.json` for one, where `fidelity` finds its rows "al
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
-from benchmarks.arguments import directory_name
+from benchmarks.arguments import check_counts
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import ALLOCATED, LAST_BLOCKS, TEXT, Row, allocated_file
 from benchmarks.fidelity.probing import probe
@@ -34,13 +33,14 @@ from benchmarks.fidelity.run import in_bfloat16
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.answers import prefill
 from benchmarks.testbed.evaluate import heldout_windows
-from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model, write_atomically
+from benchmarks.testbed.model import load_model, write_atomically
 from benchmarks.testbed.tasks import TASKS, TaskSource
 from benchmarks.testbed.train import usable_device
 from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
 from benchmarks.testbed.training_record import check_corpus
+from benchmarks.testbed.tune_layers import layers_parser
 
-CONTEXT, CHUNK, ITEMS = 16_384, 1024, 8
+ITEMS = 8  # prompts of each kind
 OPTIONS = (
     *(("SeerGate", threshold) for threshold in (0.03, 0.02, 0.012, 0.008, 0.005, 0.0035, 0.0025)),
     *(("KeyBounds", threshold) for threshold in (0.3, 0.13, 0.08)),
@@ -186,20 +186,12 @@ def write(path: Path, chosen: Sequence[Option], layers: Sequence[Sequence[Option
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, choose and write; every foreseeable failure ends in one line of text."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity.allocate", description="Divide a density.")
-    parser.add_argument("--out", type=directory_name, help="directory (default: that of the weights)")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS_DIRECTORY, help="the model (default: the committed)")
-    parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=CHUNK, help="queries per step (default: %(default)s)")
+    parser = layers_parser("python -m benchmarks.fidelity.allocate", "Divide a density between the layers.")
     parser.add_argument("--items", type=int, default=ITEMS, help="prompts of each kind (default: %(default)s)")
     options = parser.parse_args(arguments)
     out, began = options.out or options.weights, time.perf_counter()
     try:
-        for name in ("context", "chunk", "items"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+        check_counts(options, "context", "chunk", "items")
         corpus = corpora.load(options.corpus)
         check_corpus(options.weights, corpus)
         device = usable_device(options.device)

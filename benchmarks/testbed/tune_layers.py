@@ -77,16 +77,21 @@ def tuned(
         }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Tune and write the settings; every foreseeable failure ends in one line of text."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.tune_layers", description="Tune every layer.")
+def layers_parser(program: str, words: str) -> argparse.ArgumentParser:
+    """The command line of whatever finds settings for the layers of a model on prompts of one length."""
+    parser = argparse.ArgumentParser(prog=program, description=words)
     parser.add_argument("--out", type=directory_name, help="directory (default: that of the weights)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS_DIRECTORY, help="the model (default: the committed)")
     parser.add_argument("--corpus", type=Path, help="packed corpus; default: the running Python's standard library")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=CHUNK, help="queries per step (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Tune and write the settings; every foreseeable failure ends in one line of text."""
+    options = layers_parser("python -m benchmarks.testbed.tune_layers", "Tune every layer.").parse_args(arguments)
     out = options.out or options.weights
     try:
         corpus = corpora.load(options.corpus)
