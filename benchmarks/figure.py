@@ -11,6 +11,8 @@ from benchmarks import records
 from benchmarks.records import Record
 from benchmarks.report_steps import growth_rows
 
+LEGEND_ROW = 0.17  # inches
+
 
 def holds(result: Record) -> bool:
     """Whether there are chunks or tables to draw."""
@@ -58,13 +60,16 @@ def finish(figure: Any, panels: Any, result: Record, path: Path, *, one_legend: 
 
 
 def _legend_below(figure: Any, entries: dict[str, Any]) -> None:
-    """A legend below all panels, in as many columns as the figure is wide enough for."""
-    for columns in range(min(6, len(entries)), 0, -1):
+    """A legend below all panels, in as many columns as the figure is wide enough for, which grows by its rows."""
+    most = min(6, len(entries))
+    for columns in range(most, 0, -1):
         legend = figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=8)
         figure.draw_without_rendering()
-        if legend.get_window_extent().width <= figure.bbox.width:
-            return
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            break
         legend.remove()
+    rows, usual = -(-len(entries) // columns), -(-len(entries) // most)
+    figure.set_figheight(figure.get_figheight() + (rows - usual) * LEGEND_ROW)
 
 
 def lines(panel: Any, points: dict[str, list[tuple[float, float]]], style: str = "o-") -> None:

@@ -24,6 +24,7 @@ from compactattn import (
     select_table,
     summarize,
 )
+from compactattn._triton.replay import kind_of_step
 from compactattn.integrations.engine_settings import EngineSettings
 from compactattn.integrations.engine_steps import LayerPlan, Step, StepPlanner, cut, write_slots
 from tests.numerics import assert_as_close, softmax_attention
@@ -291,8 +292,8 @@ def test_each_chunk_of_a_prompt_ends_dense() -> None:
             assert torch.equal(out[:whole], without[:whole])
 
 
-def test_steps_whose_chunks_end_dense_are_replayed() -> None:
-    """Lengths and ends of prompts are tensors of their own, though they hold the same."""
+def test_steps_whose_chunks_end_dense_can_be_replayed() -> None:
+    """Lengths and ends of prompts are tensors of their own, though they hold the same: one twice is never replayed."""
     for ends in (0, 2):
         settings = EngineSettings(replace(FLASH, dense_last_blocks=ends), {})
         scheduler = Scheduler(0, pages=60, page_size=32, budget=400, max_requests=12, longest=LONGEST)
@@ -301,8 +302,57 @@ def test_steps_whose_chunks_end_dense_are_replayed() -> None:
         prompts, lengths = run.batch.prompt_lens, run.batch.seq_lens
         assert (prompts is None) == (ends == 0)
         if prompts is not None:
-            assert prompts is not lengths
             assert torch.equal(prompts, lengths)
+        kv = PagedKV(torch.zeros(60, 32, KV_HEADS, DIM), torch.zeros(60, 32, KV_HEADS, DIM), run.page_table)
+        q = torch.zeros(300, HEADS, DIM)
+        given = (settings.others, 1, 1, None, None, False, False, None, None)
+        assert kind_of_step(q, kv, run.batch, *given) is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "dense"),
+    [
+        (EngineSettings(replace(FLASH, dense_last_blocks=2), {}), True),
+        (EngineSettings(replace(FLASH, dense_last_blocks=1), {}), False),
+        (EngineSettings(replace(FLASH, dense_last_blocks=2), {3: FLASH}), False),
+        (EngineSettings(Dense(**SIZES), {3: replace(FLASH, dense_last_blocks=2)}), True),
+        (EngineSettings(Dense(**SIZES), {}), False),
+    ],
+    ids=["two blocks", "one block", "a layer without", "dense beside it", "dense"],
+)
+def test_a_chunk_that_is_all_dense_end_is_planned_dense(settings: EngineSettings, dense: bool) -> None:
+    scheduler = Scheduler(0, pages=60, page_size=32, budget=128, max_requests=12, longest=LONGEST)
+    scheduler.add(list(range(300)), 1)
+    scheduler.commit(scheduler.schedule())
+    batch = scheduler.schedule()
+    assert batch.q_lens == [128]
+    (run,) = planned(new_planner(settings, 32), batch).runs
+    assert run.run.dense == dense
+
+
+def test_layers_of_one_plan_may_end_chunks_dense_or_not() -> None:
+    """A layer without that setting does what it does where no layer has it, also where a dense end is longer than the
+    chunk."""
+    page_size, plain = 32, replace(FLASH, alpha=1.0, sink_blocks=0)
+    without = EngineSettings(plain, {})
+    for blocks in (1, 3):
+        mixed = EngineSettings(plain, {1: replace(plain, dense_last_blocks=blocks)})
+        scheduler = Scheduler(0, pages=60, page_size=page_size, budget=150, max_requests=12, longest=LONGEST)
+        scheduler.add([scheduler.random.randrange(9) for _ in range(LONGEST)], 1)
+        layers = [Layer(LayerPlan(s.of_layer(n), s, DIM**-0.5), 60, page_size, "NHD")
+                  for s, n in ((mixed, 0), (without, 0), (mixed, 1))]  # fmt: skip
+        for _ in range(3):
+            batch = scheduler.schedule()
+            exact = make_step(batch, kv_heads=KV_HEADS, heads=HEADS, dim=DIM, page_size=page_size, block_size=64)
+            plans = [planned(new_planner(s, page_size), batch) for s in (mixed, without, mixed)]
+            given = (exact.q, batch, exact.keys, exact.values)
+            beside, alone, ending = (layer.step(*given, plan) for layer, plan in zip(layers, plans, strict=True))
+            assert torch.equal(beside, alone)
+            every = select_table(exact.q, exact.kv, exact.batch, selector=mixed.dense, heads_per_group=1)
+            dense = softmax_attention(exact, every, torch.float32, DIM**-0.5)[0]
+            last = max(0, len(ending) - 64 * blocks)
+            torch.testing.assert_close(ending[last:], dense[last:], rtol=1e-4, atol=1e-5)
+            scheduler.commit(batch)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -415,7 +415,7 @@ def result(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of a few rows leaves behind; it was stopped by its budget and resumed."""
     out = tmp_path_factory.mktemp("result")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "preset", lambda name: TINY)
+        patch.setattr(run, "preset", lambda *_: TINY)
         patch.setattr(answering, "decode", lambda model, logits, cache, count: decode(model, logits, cache, 1))
         options = run.Options("cpu", out, weights=place / "model", corpus=place / "corpus.zip", budget_seconds=0.0)
         assert run.run(options) == 0
@@ -465,7 +465,7 @@ def test_probes_take_text_and_tasks_in_turn(source: TaskSource) -> None:
 def test_resuming_asks_for_the_same_sources_and_weights(
     result: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    monkeypatch.setattr(run, "preset", lambda *_: TINY)
     options = run.Options("cpu", tmp_path, weights=place / "model", corpus=place / "corpus.zip", resume=True)
     found = json.loads(result.read_text())
     for change, message in (
@@ -482,7 +482,7 @@ def test_another_corpus_than_the_models_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `fidelity` and by `train_gate`; a record that names none, or no record, asks for none."""
-    monkeypatch.setattr(run, "preset", lambda name: replace(TINY, budget_seconds=0.0))
+    monkeypatch.setattr(run, "preset", lambda *_: replace(TINY, budget_seconds=0.0))
     weights = tmp_path / "model"
     shutil.copytree(place / "model", weights)
     corpus = corpora.load(place / "corpus.zip")
@@ -519,7 +519,7 @@ def resumed(
 
     def resume(plan: Preset = TINY, gate: Path | None = None, **others: Any) -> tuple[list[str], Any]:
         asked.clear()
-        monkeypatch.setattr(run, "preset", lambda name: plan)
+        monkeypatch.setattr(run, "preset", lambda *_: plan)
         options = run.Options("cpu", tmp_path, place / "model", gate, place / "corpus.zip", resume=True, **others)
         assert run.run(options) == 0
         return list(asked), json.loads(path.read_text())
@@ -610,7 +610,7 @@ def test_shares_that_are_joined_are_the_whole_plan(
     result: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Cell by cell, and in the words of the report; the second share is stopped and goes on with its own cells."""
-    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    monkeypatch.setattr(run, "preset", lambda *_: TINY)
     monkeypatch.setattr(answering, "decode", lambda model, logits, cache, count: decode(model, logits, cache, 1))
     options = run.Options("cpu", tmp_path / "1", weights=place / "model", corpus=place / "corpus.zip", share="1/2")
     second = replace(options, share="2/2", out=tmp_path / "2")
@@ -884,7 +884,7 @@ def failed_run(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> tuple[run.Options, dict[str, Any]]:
     """The options and the result of a run in which the control raises."""
-    monkeypatch.setattr(run, "preset", lambda name: TINY)
+    monkeypatch.setattr(run, "preset", lambda *_: TINY)
     failing(monkeypatch, ROWS[CONTROL], error)
     options = run.Options("cpu", out, weights=place / "model", corpus=place / "corpus.zip")
     assert run.run(options) == 1
@@ -1288,6 +1288,23 @@ def test_a_figure_has_a_look_for_each_family_and_its_legend_inside(
     assert extent.x0 >= 0
     assert extent.x1 <= drawn.bbox.width
     assert len(legend.get_texts()) == len(looks) + 2
+    more = figures[0].legend(
+        legend.legend_handles, looks.keys() | {DENSE, CONTROL}, ncols=legend._ncols + 1, fontsize=8
+    )
+    drawn.draw_without_rendering()
+    assert more.get_window_extent().width > drawn.bbox.width
+
+
+def test_a_legend_that_is_wider_than_its_figure_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = plans.sweep("long " * 100, "FlashPrefill", "alpha", {0.4: 1})[0]
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda its, *_, **__: figures.append(its))
+    figure.draw_accuracy(made(lineup() | {row.name: (row, 0.2, 0.5)}), tmp_path / "drawn.png")
+    figure.draw_accuracy(made(lineup()), tmp_path / "drawn.png")
+    (long, usual) = figures
+    assert [len(one.legends) for one in figures] == [1, 1]
+    assert (long.legends[0]._ncols, usual.legends[0]._ncols) == (1, min(6, len(usual.legends[0].get_texts())))
+    assert long.get_figheight() > usual.get_figheight()
 
 
 def test_figures_and_tables_put_rows_of_other_items_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ A threshold that all layers share spends most of a density on the layers that lo
 or not. So each layer is run with each of `OPTIONS` while all others are dense, on prompts of the train side; an option
 costs the Kullback-Leibler divergence of what the model then foresees from what it foresees with dense attention, at
 the answers' tokens and, for text, those of the last chunk. Costs of different layers are taken to add up. For each of
-`plans.ALLOCATED` the cheapest choice of an option per layer whose mean density is no higher is written beside the
-weights, `layers/density-0.14.json` for one, where `fidelity` finds its rows "allocated by layer".
+`plans.ALLOCATED` the cheapest choice of an option per layer whose mean density is no higher, by the density that a
+layer has where all have its option, is written beside the weights, `layers/density-0.14.json` for one, where `fidelity`
+finds its rows "allocated by layer"; `layers/options.json` has what they were chosen from.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from transformers import DynamicCache
 
 from benchmarks.arguments import check_counts
 from benchmarks.fidelity.methods import Methods
-from benchmarks.fidelity.plans import ALLOCATED, LAST_BLOCKS, TEXT, Row, allocated_file
+from benchmarks.fidelity.plans import ALLOCATED, LAST_BLOCKS, OPTIONS_FILE, TEXT, Row, allocated_file
 from benchmarks.fidelity.probing import probe
 from benchmarks.fidelity.run import in_bfloat16
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.answers import prefill
 from benchmarks.testbed.evaluate import heldout_windows
-from benchmarks.testbed.model import load_model, write_atomically
+from benchmarks.testbed.model import file_id, load_model, write_atomically
 from benchmarks.testbed.tasks import TASKS, TaskSource
 from benchmarks.testbed.train import usable_device
 from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
@@ -103,11 +104,19 @@ def cheapest(layers: Sequence[Sequence[Option]], density: float) -> list[Option]
 
 def prompts(source: TaskSource, context: int, chunk: int, items: int, device: torch.device) -> Prompts:
     """`items` examples of each task, of which the answers count, and as many stretches of source text, of which the
-    last chunk counts."""
-    last = (context - 2) % chunk + 1  # of `context - 1` tokens, which foresee all but the first
+    last chunk counts.
+
+    Raises:
+        ValueError: a context that is no multiple of the chunk, or a chunk that is shorter than an answer.
+    """
+    if context % chunk:
+        raise ValueError(f"--context: expected a multiple of the chunk, {chunk}, got {context}")
+    last = chunk - 1  # of the last chunk's tokens the last one foresees nothing
     text = heldout_windows(source.streams["train"], context, items)[:, :-1]
     examples = [source.example(task, "train", context, n) for task in TASKS for n in range(items)]
-    counts = [last] * len(text) + [min(last, len(example.target)) for example in examples]
+    counts = [last] * len(text) + [len(example.target) for example in examples]
+    if max(counts) > last:
+        raise ValueError(f"--chunk: expected at least {max(counts) + 1}, the longest answer and a token, got {chunk}")
     windows = np.concatenate([text, np.stack([example.window for example in examples])])
     counted = np.arange(last) >= last - np.array(counts)[:, None]
     kinds = (*[TEXT] * len(text), *(example.task for example in examples))
@@ -135,8 +144,9 @@ class Allocation:
 
     def options(self) -> Iterator[list[Option]]:
         """The options of each layer in turn."""
-        everywhere = {option: self._densities(option) for option in OPTIONS}
-        for layer in range(self.methods.layers):
+        numbers = range(self.methods.layers)
+        everywhere = {option: self.densities(dict.fromkeys(numbers, option)) for option in OPTIONS}
+        for layer in numbers:
             yield [
                 Option(*option, everywhere[option][layer], float(f"{self.nats({layer: option}):.4g}"))
                 for option in OPTIONS
@@ -161,25 +171,32 @@ class Allocation:
             logits = model(input_ids=fed[:, -last:], past_key_values=cache, use_cache=True).logits
         return logits.float().log_softmax(-1)
 
-    def _densities(self, option: tuple[str, float]) -> list[float]:
-        """What each layer reads of the past where all layers have the option, over two prompts of each task."""
-        row = self.row(dict.fromkeys(range(self.methods.layers), option))
+    def densities(self, chosen: Mapping[int, tuple[str, float]]) -> list[float]:
+        """What each layer reads of the past under a choice, over two prompts of each task."""
         windows = {}
         for kind in TASKS:
             numbers = [n for n, its in enumerate(self.given.kinds) if its == kind][:2]
             windows[kind] = list(self.given.windows[numbers].cpu().numpy())
-        return [its["density"]["mask"] for its in probe(self.methods, row, windows, self.chunk)["layers"]]
+        return [its["density"]["mask"] for its in probe(self.methods, self.row(chosen), windows, self.chunk)["layers"]]
 
 
-def write(path: Path, chosen: Sequence[Option], layers: Sequence[Sequence[Option]], origin: str) -> None:
-    """Write a choice, with all that it was chosen from, to a file that appears whole or not at all."""
+def write_options(path: Path, layers: Sequence[Sequence[Option]], conditions: Mapping[str, object]) -> None:
+    """Write what was measured of each layer, and under which conditions."""
+    measured = {str(n): [asdict(option) for option in options] for n, options in enumerate(layers)}
+    _write(path, {**conditions, "measured": measured})
+
+
+def write_choice(path: Path, chosen: Sequence[Option]) -> None:
+    """Write the settings of each layer, with the density and nats that are expected of them."""
     content = {
-        "origin": origin,
-        "density": round(float(np.mean([option.density for option in chosen])), 5),
-        "nats": float(f"{sum(option.nats for option in chosen):.4g}"),
+        "expected_density": round(float(np.mean([option.density for option in chosen])), 5),
+        "expected_nats": float(f"{sum(option.nats for option in chosen):.4g}"),
         "layers": {str(n): {"selector": its.selector, "threshold": its.threshold} for n, its in enumerate(chosen)},
-        "measured": {str(n): [asdict(option) for option in options] for n, options in enumerate(layers)},
     }
+    _write(path, content)
+
+
+def _write(path: Path, content: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
 
@@ -198,7 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
         model = load_model(options.weights, device)
         if device.type == "cuda":
             in_bfloat16(model)
-        methods = Methods(model, options.weights / GATE_FILE)
+        gate = options.weights / GATE_FILE
+        methods = Methods(model, gate)
         if not methods.has_gates:
             raise ValueError(f"{options.weights}: expected gates in {GATE_FILE}, got none; see testbed.train_gate")
         given = prompts(TaskSource(corpus), options.context, options.chunk, options.items, device)
@@ -207,17 +225,24 @@ def main(arguments: list[str] | None = None) -> None:
             layers.append(its)
             told = ", ".join(f"{one.selector} {one.threshold:g}: {one.density:.3f} {one.nats:.2g}" for one in its)
             print(f"[{time.perf_counter() - began:6.1f} s] layer {number}: density and nats of {told}", flush=True)
+        conditions = {
+            "prompts": f"{options.items} of each kind, {options.context} tokens in chunks of {options.chunk}",
+            "model": {"weights": file_id(options.weights / "model.safetensors"), "gate": file_id(gate)},
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "torch": torch.__version__,
+        }
+        write_options(out / OPTIONS_FILE, layers, conditions)
         for density in ALLOCATED:
             chosen = cheapest(layers, density)
             if chosen is None:
                 print(f"density {density:g}: even the sparsest options read more")
                 continue
-            origin = f"{options.items} prompts of each kind, {options.context} tokens in chunks of {options.chunk}"
             path = out / allocated_file(density)
-            write(path, chosen, layers, origin)
+            write_choice(path, chosen)
             told = ", ".join(f"{one.selector} {one.threshold:g}" for one in chosen)
-            together = allocation.nats({n: (one.selector, one.threshold) for n, one in enumerate(chosen)})
-            print(f"{path}: {told}; {sum(one.nats for one in chosen):.3g} nats in sum, {together:.3g} together")
+            together = {n: (one.selector, one.threshold) for n, one in enumerate(chosen)}
+            read, nats = float(np.mean(allocation.densities(together))), allocation.nats(together)
+            print(f"{path}: {told}; expected {sum(one.nats for one in chosen):.3g} nats, got {nats:.3g} at {read:.3f}")
     except (ValueError, OSError) as error:
         raise SystemExit(f"allocate: {error}") from error
 

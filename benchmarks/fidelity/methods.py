@@ -68,7 +68,7 @@ class Methods:
         """Why a row cannot run on this model, or None."""
         config = self.model.config
         group = config.num_attention_heads // config.num_key_value_heads
-        if row.selector == "SeerGate" and not self.has_gates:
+        if "SeerGate" in row.selectors and not self.has_gates:
             return "no gate weights" + ("" if self.gate_file is None else f": {self.gate_file.name} does not exist")
         if group % row.heads:
             return f"{row.heads} heads do not divide this model's {group} query heads per KV head"
@@ -80,9 +80,9 @@ class Methods:
 
     def selector(self, row: Row) -> Selector | dict[int, Selector]:
         """The row's selector, or one per layer."""
-        gates = self._gates(row.settings) if row.selector == "SeerGate" else {}
+        gates = self._gates(row.settings) if "SeerGate" in row.selectors else {}
         if not row.by_layer:
-            return gates or SELECTORS[row.selector](**row.settings)
+            return gates if row.selector == "SeerGate" else SELECTORS[row.selector](**row.settings)
         chosen: dict[int, Selector] = {}
         for number, its in row.by_layer.items():
             settings: dict[str, Any] = dict(its)

@@ -23,12 +23,8 @@ CONTROL, DENSE, QUOKA = "sink and window only", "dense", "QUOKA"
 LAST_BLOCKS = {"dense_last_blocks": 2}
 SINK_BLOCKS, WINDOW_BLOCKS = 2, 4  # of the control, as in FlashPrefill's own settings
 TEXT = "text"  # a kind of prompt to probe, beside the tasks
-ALLOCATED = {
-    0.10: 1,
-    0.14: 0,
-    0.20: 0,
-    0.30: 1,
-}  # densities that `benchmarks.fidelity.allocate` divides, and rows' priorities
+#: densities that `benchmarks.fidelity.allocate` divides, and their rows' priorities
+ALLOCATED = {0.10: 1, 0.14: 0, 0.20: 0, 0.30: 1}
 NEEDLE_TASKS = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "variable_tracking")
 
 
@@ -63,6 +59,11 @@ class Row:
     correction: bool = False
     parameter: str | None = None
     by_layer: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
+
+    @property
+    def selectors(self) -> set[str]:
+        """The names of all layers' selectors."""
+        return {str(its.get("selector", self.selector)) for its in self.by_layer.values()} or {self.selector}
 
     def definition(self) -> dict[str, Any]:
         """What decides the numbers of a row: all but where it stands in the plan and in the report."""
@@ -184,14 +185,20 @@ def shared(whole: Preset, share: str) -> Preset:
     return replace(whole, share=(number, of))
 
 
-def preset(name: str) -> Preset:
+def preset(name: str, weights: Path | None = None, gate: Path | None = None) -> Preset:
     """The plan of a preset.
+
+    Args:
+        name: "h200" or "cpu".
+        weights: directory of the model, by default the test bed's. Rows with settings by layer are in the plan where
+            these have been found for it.
+        gate: file of gate weights, by default the one in `weights`.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
     if name == "h200":
-        return Preset("cuda", _h200_stages(), _rows(), 480.0, 4 * K * K)
+        return Preset("cuda", _h200_stages(), _rows(weights, gate), 480.0, 4 * K * K)
     if name == "cpu":
         stages = (Stage(K, 256, 0, 1, 1, windows=1, probes=8),)
         return Preset("cpu", stages, _cpu_rows(), 150.0, 16 * K)
@@ -248,29 +255,34 @@ def tuned_rows(weights: Path, coverages: Mapping[float, int]) -> list[Row]:
     return rows
 
 
+OPTIONS_FILE = "layers/options.json"  # below the directory of the weights: what `allocate` chose from, and on what
+
+
 def allocated_file(density: float) -> str:
     """Where the layers' settings of a density lie, below the directory of the weights."""
     return f"layers/density-{density:g}.json"
 
 
-def allocated_rows(weights: Path, densities: Mapping[float, int]) -> list[Row]:
-    """Gates and bounds, by layer, as `benchmarks.fidelity.allocate` divided a density; the density is swept."""
+def allocated_rows(weights: Path, gate: Path, densities: Mapping[float, int]) -> list[Row]:
+    """Gates and bounds, by layer, as `benchmarks.fidelity.allocate` divided a density; the density is swept.
+
+    None where that was not done, or with other weights or gates than those in `weights` and `gate`.
+    """
+    from benchmarks.testbed.model import file_id
+
+    files = {"weights": weights / "model.safetensors", "gate": gate}
+    if not all(path.is_file() for path in (weights / OPTIONS_FILE, *files.values())):
+        return []
+    here = {name: file_id(path) for name, path in files.items()}
+    if json.loads((weights / OPTIONS_FILE).read_text())["model"] != here:
+        return []
     rows = []
     for density, priority in densities.items():
-        path = weights / allocated_file(density)
-        layers = json.loads(path.read_text())["layers"]
-        rows.append(
-            Row(
-                f"{BY_LAYER}{LAST}: density {density:g}",
-                BY_LAYER + LAST,
-                "library",
-                priority,
-                "SeerGate",
-                LAST_BLOCKS,
-                parameter="density",
-                by_layer=layers,
-            )
-        )
+        layers = json.loads((weights / allocated_file(density)).read_text())["layers"]
+        family = BY_LAYER + LAST
+        name = f"{family}: density {density:g}"
+        settings = {"selector": "SeerGate", "settings": LAST_BLOCKS, "parameter": "density", "by_layer": layers}
+        rows.append(Row(name, family, "library", priority, **settings))
     return rows
 
 
@@ -294,25 +306,29 @@ def quoka_rows(budgets: dict[float, int]) -> list[Row]:
     ]
 
 
-def _rows() -> tuple[Row, ...]:
+def _rows(weights: Path | None, gate: Path | None) -> tuple[Row, ...]:
     from benchmarks.testbed.model import WEIGHTS_DIRECTORY  # transformers, which whoever reads a result need not have
-    from benchmarks.testbed.tune_layers import COVERAGES
+    from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
+    from benchmarks.testbed.tune_layers import COVERAGES, file_of
 
+    weights = WEIGHTS_DIRECTORY if weights is None else weights
+    gate = weights / GATE_FILE if gate is None else gate
     rows = fixed_rows()
     rows += sweep(UNSHARED, "FlashPrefill", "alpha", {0.6: 2, 0.25: 1, 0.12: 1, 0.05: 1, 0.02: 2})
-    rows += tuned_rows(WEIGHTS_DIRECTORY, dict.fromkeys(COVERAGES, 1))
+    if all((weights / file_of(coverage)).exists() for coverage in COVERAGES):
+        rows += tuned_rows(weights, dict.fromkeys(COVERAGES, 1))
     rows += quoka_rows({0.25: 1, 0.15: 0, 0.10: 2, 0.05: 1})
     rows += sweep(PAPER.format(4), "FlashPrefill", "alpha", {0.95: 1, 0.6: 0, 0.35: 1, 0.15: 2}, heads=4, span=None)
     for heads in (2, 1):
         rows += sweep(PAPER.format(heads), "FlashPrefill", "alpha", {0.8: 1, 0.35: 1, 0.12: 2}, heads=heads, span=None)
     rows += sweep("XAttention unshared", "XAttention", "threshold", {0.95: 2, 0.85: 1, 0.7: 1})
-    gate = {0.02: 1, 0.008: 1, 0.005: 0, 0.002: 2}
-    rows += sweep(SEER, "SeerGate", "threshold", gate)
+    alone = {0.02: 1, 0.008: 1, 0.005: 0, 0.002: 2}
+    rows += sweep(SEER, "SeerGate", "threshold", alone)
     shared = {0.05: 1, 0.02: 1, 0.008: 2, 0.002: 2}
     rows += sweep("CompactAttention-SA 4 x chunk", "SeerGate", "threshold", shared, heads=4, span=None)
     rows += sweep("Oracle unshared", "Oracle", "mass", {0.98: 2, 0.93: 2, 0.8: 1})
     rows += sweep(SEER + LAST, "SeerGate", "threshold", {0.02: 1, 0.008: 1, 0.005: 0, 0.0035: 0}, settings=LAST_BLOCKS)
-    rows += allocated_rows(WEIGHTS_DIRECTORY, ALLOCATED)
+    rows += allocated_rows(weights, gate, ALLOCATED)
     bounds = {0.3: 1, 0.13: 0, 0.08: 1, 0.05: 2}
     rows += sweep(BOUNDS, "KeyBounds", "threshold", bounds)
     rows += sweep(BOUNDS + LAST, "KeyBounds", "threshold", {0.3: 1, 0.13: 0}, settings=LAST_BLOCKS)

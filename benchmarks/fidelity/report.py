@@ -147,7 +147,8 @@ def _goals_section(result: Record) -> list[str]:
             gap = best and difference(best, dense, tuple(TASKS), measure)
             if best is not None and gap is not None:
                 name = f"{best.row['name']}, density {best.density(tuple(TASKS)):.3f}"
-                what = f"{where}, {measure_name}: best row at density ≤ {GOAL_DENSITY} ({name}) less dense, all tasks"
+                what = f"{where}, {measure_name}: best row at density ≤ {GOAL_DENSITY} ({name}) less dense, "
+                what += "mean of all tasks"
                 targets.append((Target(what, -0.5, gap.points), str(gap)))
         reader = best_on_text(found, GOAL_DENSITY, dense)
         ratio = reader and bits_ratio(reader, dense)

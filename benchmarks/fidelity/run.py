@@ -57,7 +57,7 @@ from benchmarks.latency import torch_threads, write_json
 from benchmarks.machine import FIDELITY_SOURCES, environment
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.intervals import METHODS as INTERVALS
-from benchmarks.testbed.model import WEIGHTS_DIRECTORY, load_model
+from benchmarks.testbed.model import WEIGHTS_DIRECTORY, file_id, load_model
 from benchmarks.testbed.tasks import ANSWER_WORDS, TaskSource
 from benchmarks.testbed.train_gate import WEIGHTS_FILE as GATE_FILE
 from benchmarks.testbed.training_record import check_corpus, read_record
@@ -127,7 +127,7 @@ def plan(options: Options) -> Preset:
     check_counts(options, "tokens_at_once", "items", "threads")
     if options.gate is not None and not options.gate.is_file():
         raise ValueError(f"--gate: expected a file of gate weights, got {str(options.gate)!r}, which is none")
-    chosen = preset(options.preset)
+    chosen = preset(options.preset, options.weights, options.gate)
     rows, stages = chosen.rows, chosen.stages
     if options.only is not None:
         parts = [part.strip() for part in options.only.split(",") if part.strip()]
@@ -228,11 +228,9 @@ def _kept(cells: Sequence[dict[str, Any]], gate: str | None) -> list[dict[str, A
 
 def _model_record(directory: Path, methods: Methods) -> dict[str, Any]:
     """What was measured: hashes of weights and gates, and how far the model was trained."""
-    record: dict[str, Any] = {
-        "weights": hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()[:16]
-    }
-    gate = methods.gate_file.read_bytes() if methods.gate_file is not None and methods.has_gates else None
-    record["gate"] = None if gate is None else hashlib.sha256(gate).hexdigest()[:16]
+    record: dict[str, Any] = {"weights": file_id(directory / "model.safetensors")}
+    gate = methods.gate_file if methods.has_gates else None
+    record["gate"] = None if gate is None else file_id(gate)
     record["parameters"] = sum(p.numel() for p in methods.model.parameters())
     record["dtype"] = str(methods.model.dtype).removeprefix("torch.")
     told = read_record(directory)
@@ -315,7 +313,7 @@ def _measure(
             cell |= {"run": number, "planned": round(planned, 2), "warms_up": kernels_of(row) not in warm}
             if cell["status"] == "ok":
                 warm.add(kernels_of(row))
-            if row.selector == "SeerGate":
+            if "SeerGate" in row.selectors:
                 cell["gate"] = result["model"]["gate"]
             cell["seconds"] = round(time.perf_counter() - started - elapsed, 2)
             _put(result, cell)
@@ -335,7 +333,7 @@ def _measure(
 
 def kernels_of(row: Row) -> tuple[object, ...]:
     """Rows for which this is the same run the same kernels, which the first of them in a process compiles."""
-    return row.kind, row.selector, row.correction, row.settings.get("top_k") == 0
+    return row.kind, *sorted(row.selectors), row.correction, row.settings.get("top_k") == 0
 
 
 def _put(result: dict[str, Any], cell: dict[str, Any]) -> None:

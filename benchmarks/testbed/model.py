@@ -6,6 +6,7 @@ reads them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -96,6 +97,11 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> LlamaForC
         raise ValueError(f"{directory}: expected the weights that config.json describes, got: {error}") from error
     model.eval()
     return model
+
+
+def file_id(path: Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file, by which results name weights."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, data: bytes) -> None:

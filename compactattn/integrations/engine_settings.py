@@ -98,6 +98,12 @@ class EngineSettings:
         return any(selector.dense_last_blocks for selector in (self.others, *self.layers.values()))
 
     @property
+    def dense_end(self) -> int:
+        """A request with at most so many queries in a step runs dense, because they all are the end of its chunk."""
+        selecting = [its for its in (self.others, *self.layers.values()) if not isinstance(its, Dense)]
+        return min((its.dense_last_blocks * its.query_block for its in selecting), default=0)
+
+    @property
     def dense_queries(self) -> int:
         """A request with at most so many queries in a step runs dense."""
         return self.others.dense_queries

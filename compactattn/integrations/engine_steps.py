@@ -157,7 +157,8 @@ class StepPlanner:
         self.dense, self.ends_dense = settings.dense, settings.ends_dense
         self.unit = min(page_size, self.dense.block_size)
         self.page_size, self.max_seq_len, self.max_requests = page_size, max_seq_len, max_requests
-        self.dense_queries, self.dense_keys = max(dense_queries, settings.dense_queries), settings.dense_keys
+        self.dense_queries = max(dense_queries, settings.dense_queries, settings.dense_end)
+        self.dense_keys = settings.dense_keys
         blocks = -(-max_seq_len // self.dense.block_size)
         self._indices = torch.arange(blocks, dtype=torch.int32, device=device).repeat(max_requests, 1)
         self._counts = torch.zeros(max_requests, dtype=torch.int32, device=device)
