@@ -165,7 +165,7 @@ def _h200_cases() -> tuple[EngineCase, ...]:
         EngineCase("answers", name, settings if settings in (None, DENSE) else settings | early, 1024, **asked)
         for name, settings in CONTESTANTS.items()
     ]
-    timed = {"requests": 4, "cache_bytes": 32 * GIB, "limit_seconds": 300}
+    timed = {"tokens": 128, "requests": 4, "cache_bytes": 32 * GIB, "limit_seconds": 300}
     ttft = [
         EngineCase("ttft", name, settings, 1024, (8 * K, 32 * K, 64 * K, 128 * K), **timed)
         for name, settings in CONTESTANTS.items()

@@ -273,14 +273,11 @@ def _read(engine: Engine, random: RandomPrompts, length: int) -> Told:
 
 
 def _decode(engine: Engine, random: RandomPrompts) -> Told:
-    """A step of all requests at once, each after a prompt of the shortest length: the fastest of two."""
+    """All requests at once, each after a prompt of the shortest length: seconds with one token and with some more."""
     case, context = engine.case, min(engine.case.lengths)
-    steps = []
-    for _ in range(2):
-        prompts = [random.prompt(context) for _ in range(case.requests)]
-        first, all_steps = engine.seconds(prompts, 1), engine.seconds(prompts, 1 + case.tokens)
-        steps.append((all_steps - first) / case.tokens)
-    return {"requests": case.requests, "context": context, "steps": case.tokens, "seconds": steps}
+    prompts = [random.prompt(context) for _ in range(case.requests)]
+    first, more = ([engine.seconds(prompts, 1 + steps) for _ in range(2)] for steps in (0, case.tokens))
+    return {"requests": case.requests, "context": context, "steps": case.tokens, "first": first, "more": more}
 
 
 def _scaled_to_density(engine: Engine, random: RandomPrompts, length: int) -> tuple[list[Told], float]:

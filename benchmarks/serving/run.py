@@ -51,7 +51,8 @@ PROTOCOL = (
     "baseline is below 2 · eps of the dtype · the largest logit of the baseline's run: what rounding two logits, once "
     "in each engine, can turn. Gate of the plugin's dense engine: every prompt is equal or parts at a near tie.",
     "ttft: seconds around generate() with one token, the fastest of two or three prompts of random tokens, other ones "
-    "each time, after prompts that warm up. A decode step: all requests at once, the fastest of two.",
+    "each time, after prompts that warm up. A decode step: all requests at once, what some steps add to "
+    "the fastest of two runs.",
     "Weights of ttft are random and have no pattern that a selection could find. 'scaled' rows multiply the queries "
     "and keys of every layer by the factor, of some that are tried, with which 5 to 20 % of the past is read at 16K, "
     "or the nearest to it. What was read is counted in further, untimed prompts, over the chunks that select: it says "

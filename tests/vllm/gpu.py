@@ -1,9 +1,9 @@
 """vLLM 0.33 on a GPU without its compiled modules: what a Llama asks of them, in PyTorch, and what has to be left out.
 
-For a machine that cannot have vLLM's wheel (330 MB, and a PyTorch of its own); `tests/vllm/pack` packs the rest of it.
-`python -m benchmarks serving --stand-ins` runs with this. Attention, cache writes and the model runner's bookkeeping are
-Triton kernels in vLLM's Python files, and so the same as ever; norms, rotary positions and activations run in the
-PyTorch forms that vLLM has of them, which `benchmarks.serving.cases.engine_arguments` asks for.
+For a machine that cannot have vLLM's wheel (330 MB, and a PyTorch of its own): `tests/vllm/pack` packs the rest of
+it, and `python -m benchmarks serving --stand-ins` runs with this. Attention, cache writes and the model runner's
+bookkeeping are Triton kernels in vLLM's Python files, and so the same as ever; norms, rotary positions and activations
+run in the PyTorch forms that vLLM has of them, which `benchmarks.serving.cases.engine_arguments` asks for.
 """
 
 from __future__ import annotations
