@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,8 +69,8 @@ def test_a_choice_of_engines_brings_the_baseline_that_it_needs() -> None:
     assert chosen == ["answers-triton-q1024-eager", "answers-dense-q1024-eager", "answers-dense-q1024-graphs"]
 
 
-def test_questions_are_mixed_and_the_last_share_a_document() -> None:
-    case, source = preset("cpu").cases[0], TaskSource(corpora.load(), run.TASK_SEED)
+def test_questions_are_mixed_and_the_last_share_a_document(source: TaskSource) -> None:
+    case = preset("cpu").cases[0]
     questions = questions_of(case, source)
     assert [q.example.prompt.tolist() for q in questions] == [
         q.example.prompt.tolist() for q in questions_of(case, source)
@@ -181,6 +182,15 @@ def test_a_process_gives_its_answer_or_its_reason(tmp_path: Path) -> None:
     assert told == {"reason": "its process ended with 3 and no answer", "traceback": "before the end\n"}
 
 
+def test_an_engine_tells_why_it_fails_and_ends_with_its_run() -> None:
+    order = {"parent": os.getpid(), "case": {"kind": "answers"}}
+    told = run.in_its_own_process("benchmarks.serving.engine", order, 60, {})
+    assert told["reason"].startswith("TypeError: EngineCase.__init__() missing")
+    assert "in answered" in told["traceback"]
+    told = run.in_its_own_process("benchmarks.serving.engine", order | {"parent": 0}, 60, {})
+    assert told["reason"] == "its process ended with 1 and no answer"
+
+
 def test_a_process_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     child = tmp_path / "child"
     (tmp_path / "hangs.py").write_text(
@@ -229,14 +239,19 @@ class Engines:
         return told | {"largest_logit": 20.0, "read": {"read": 0, "visible": 0}}
 
 
+@pytest.fixture(scope="module")
+def source() -> TaskSource:
+    return TaskSource(corpora.load(), run.TASK_SEED)
+
+
 @pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
+def engines(source: TaskSource, monkeypatch: pytest.MonkeyPatch) -> Engines:
     found = Engines()
-    questions = questions_of(preset("cpu").cases[0], TaskSource(corpora.load(), run.TASK_SEED))
+    questions = questions_of(preset("cpu").cases[0], source)
     found.answers = [question.example.target.tolist() for question in questions]
     monkeypatch.setattr(run, "in_its_own_process", found)
     monkeypatch.setattr(run, "PACKAGES", ())
-    monkeypatch.setattr(run, "check_corpus", lambda *_: None)  # another Python's library will do here
+    monkeypatch.setattr(run, "task_source", lambda options: source)  # of another Python's library, maybe
     return found
 
 

@@ -121,7 +121,7 @@ def preset(name: str) -> Plan:
         ValueError: an unknown name; the message lists the known ones.
     """
     if name == "h200":
-        return Plan("cuda", _h200_cases(), 540.0)
+        return Plan("cuda", _h200_cases(), 450.0)
     if name == "cpu":
         notes = (
             "A small run in float32 that tries the code: times mean nothing. vLLM's own backend for the CPU is "

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -39,14 +40,29 @@ Told = dict[str, Any]
 
 def main(order: Path, answer: Path) -> None:
     """Write {"engine": …, …} of what was asked, or {"reason": …, "traceback": …}; the process ends here."""
+    asked = json.loads(order.read_text())
+    _end_with(asked["parent"])
     try:
-        told = answered(json.loads(order.read_text()))
+        told = answered(asked)
     except BaseException as error:  # pytest's skip, where another platform was found, is no Exception
         told = {"reason": reason(error), "traceback": traceback.format_exc()[-TAIL:]}
     write_json(answer, told)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing of an engine, of NCCL or of a broken CUDA context may hold the process
+
+
+def _end_with(parent: int) -> None:
+    """No engine stays on the GPU when the run that started it was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if os.getppid() != parent:
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def answered(order: Told) -> Told:
@@ -221,7 +237,7 @@ def _watch_logits(model: torch.nn.Module, scale: torch.Tensor) -> None:
 def _spoken(output: Any) -> Told:
     completion = output.outputs[0]
     best = [sorted(place.items(), key=lambda one: -one[1].logprob)[:2] for place in completion.logprobs]
-    top2 = [[part for token, one in place for part in (token, one.logprob)] for place in best]
+    top2 = [[part for token, one in place for part in (token, round(one.logprob, 7))] for place in best]
     return {"tokens": list(completion.token_ids), "top2": top2, "cached": output.num_cached_tokens}
 
 

@@ -132,8 +132,7 @@ def run(options: Options) -> int:
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
     started = time.perf_counter()
-    source = TaskSource(_corpus(options), TASK_SEED)
-    questions = questions_of(baseline(plan.cases), source)
+    questions = questions_of(baseline(plan.cases), task_source(options))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"serving-{options.preset}.json"
     notes = (*plan.notes, *([STAND_INS_NOTE] if options.stand_ins else []))
@@ -156,10 +155,11 @@ def run(options: Options) -> int:
     return int(any(failed(record) for record in result["cases"]))
 
 
-def _corpus(options: Options) -> corpora.Corpus:
+def task_source(options: Options) -> TaskSource:
+    """Of the text that the model's record names."""
     corpus = corpora.load(options.corpus)
     check_corpus(options.weights, corpus)
-    return corpus
+    return TaskSource(corpus, TASK_SEED)
 
 
 def _asked(options: Options, questions: list[Question]) -> dict[str, Any]:
@@ -207,6 +207,7 @@ class Bench:
     def _ask(self, case: EngineCase) -> dict[str, Any]:
         prompts = self.questions if case.kind == "answers" else []
         order = {
+            "parent": os.getpid(),
             "case": asdict(case),
             "device": self.plan.device,
             "stand_ins": self.options.stand_ins,
