@@ -65,7 +65,7 @@ STAND_INS_NOTE = (
 )
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in the process that measures it
-    "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles small helpers whatever its mode is, for half a minute
+    "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles small helpers whatever its mode is
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
