@@ -1,6 +1,6 @@
-"""`python -m benchmarks latency`, `ttft`, `fidelity` and `ruler` measure; `python -m benchmarks report RESULT.json`
-turns a result into words; `python -m benchmarks join` makes one result of those of the shares of a fidelity plan;
-`python -m benchmarks sources` prints the hash that ties a result to its sources."""
+"""`python -m benchmarks latency`, `ttft`, `serving`, `fidelity` and `ruler` measure; `python -m benchmarks report
+RESULT.json` turns a result into words; `python -m benchmarks join` makes one result of those of the shares of a
+fidelity plan; `python -m benchmarks sources` prints the hash that ties a result to its sources."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latency.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     latency.set_defaults(run=_latency)
     _add_ttft(commands)
+    _add_serving(commands)
     _add_fidelity(commands)
     _add_ruler(commands)
     join = commands.add_parser("join", help="one result of those that `fidelity` left of the shares of a plan")
@@ -46,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     join.add_argument("--out", type=directory_name, required=True, help="directory for fidelity-PRESET.json")
     join.set_defaults(run=_join)
     report = commands.add_parser("report", help="Markdown tables and figures from a result alone")
-    report.add_argument("result", type=Path, help="a JSON file that `latency`, `ttft`, `fidelity` or `ruler` wrote")
+    report.add_argument("result", type=Path, help="a JSON file that one of the commands above wrote")
     report.add_argument(
         "--out", type=directory_name, help="directory for .md and .png files (default: beside the result)"
     )
     report.set_defaults(run=_report)
     sources = commands.add_parser("sources", help="the hash of this checkout's sources, as results record it")
-    kinds = ("latency", "ttft", "fidelity")
+    kinds = ("latency", "ttft", "serving", "fidelity")
     sources.add_argument("--of", choices=kinds, default="latency", help="default: %(default)s")
     sources.set_defaults(run=_sources)
     parsed = parser.parse_args(arguments)
@@ -123,6 +124,38 @@ def _ttft(parsed: argparse.Namespace) -> int:
         return 0
     if parsed.tracebacks:
         _show_tracebacks()
+    return run.run(options)
+
+
+def _add_serving(commands: Any) -> None:
+    serving = commands.add_parser("serving", help="vLLM's engine under its own attention and the plugin: tokens, times")
+    serving.add_argument("--preset", default="cpu", help="h200 or cpu (default)")
+    serving.add_argument("--out", type=directory_name, default=RESULTS, help="directory for serving-PRESET.json")
+    serving.add_argument("--weights", type=Path, help="directory of the model that answers (default: the test bed's)")
+    serving.add_argument("--corpus", type=Path, help="the model's, packed; default: the running Python's library")
+    serving.add_argument("--only", help="comma-separated parts of case names, or shell patterns; their baseline too")
+    serving.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
+    serving.add_argument("--budget-seconds", type=float, help="start no engine after so long")
+    serving.add_argument("--stand-ins", action="store_true", help="for vLLM's compiled modules, see tests/vllm/pack")
+    serving.add_argument("--commit", help="what to record as the commit on a machine without git")
+    serving.add_argument("--list", action="store_true", help="print the engines in order and stop")
+    serving.set_defaults(run=_serving)
+
+
+def _serving(parsed: argparse.Namespace) -> int:
+    _check_installed("serving", "transformers", "hf")
+    from benchmarks.serving import run
+
+    names = ("preset", "out", "corpus", "only", "resume", "commit", "budget_seconds", "stand_ins")
+    given = {name: getattr(parsed, name) for name in names}
+    if parsed.weights is not None:
+        given["weights"] = parsed.weights
+    options = run.Options(**given)
+    if parsed.list:
+        print(run.listing(options))
+        return 0
+    run.planned(options)
+    _check_installed("serving", "vllm", "vllm")
     return run.run(options)
 
 
@@ -216,6 +249,8 @@ def _report(parsed: argparse.Namespace) -> int:
     kind = _kind_of(parsed.result)
     if kind == "ttft":
         from benchmarks.ttft.report import write_report
+    elif kind == "serving":
+        from benchmarks.serving.report import write_report
     elif kind == "fidelity":
         from benchmarks.fidelity.report import write_report
     elif kind == "ruler":
@@ -238,9 +273,10 @@ def _kind_of(path: Path) -> str | None:
 
 
 def _sources(parsed: argparse.Namespace) -> int:
-    from benchmarks.machine import FIDELITY_SOURCES, LATENCY_SOURCES, TTFT_SOURCES, sources
+    from benchmarks.machine import FIDELITY_SOURCES, LATENCY_SOURCES, SERVING_SOURCES, TTFT_SOURCES, sources
 
-    patterns = {"latency": LATENCY_SOURCES, "ttft": TTFT_SOURCES, "fidelity": FIDELITY_SOURCES}
+    patterns = {"latency": LATENCY_SOURCES, "ttft": TTFT_SOURCES}
+    patterns |= {"serving": SERVING_SOURCES, "fidelity": FIDELITY_SOURCES}
     print(sources(patterns=patterns[parsed.of]))
     return 0
 

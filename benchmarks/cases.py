@@ -255,9 +255,13 @@ def matching(cases: Sequence[Case], pattern: str | None, only: str | None = None
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"--only: expected some of {', '.join(KINDS)}, got {kind!r}")
+    return tuple(case for case in named(cases, pattern) if case.kind in kinds)
+
+
+def named(cases: Sequence[Any], pattern: str | None) -> list[Any]:
+    """Those whose name contains, or matches as a shell pattern, one of the comma-separated parts; all for None."""
     wanted = _parts(pattern) if pattern is not None else ["*"]
-    named = [case for case in cases if any(part in case.name or fnmatchcase(case.name, part) for part in wanted)]
-    return tuple(case for case in named if case.kind in kinds)
+    return [case for case in cases if any(part in case.name or fnmatchcase(case.name, part) for part in wanted)]
 
 
 def _parts(text: str) -> list[str]:

@@ -33,6 +33,14 @@ FIDELITY_SOURCES = (
     *(f"benchmarks/fidelity/{name}.py" for name in ("answering", "items", "methods", "probing", "run")),
     *(f"benchmarks/testbed/{name}.py" for name in ("answers", "corpus", "evaluate", "model", "tasks")),
 )
+# Likewise; and what stands in for vLLM's compiled modules.
+SERVING_SOURCES = (
+    "compactattn/**/*.py",
+    "!compactattn/cli/**/*.py",
+    *(f"benchmarks/serving/{name}.py" for name in ("cases", "compare", "engine", "questions", "run")),
+    *(f"benchmarks/testbed/{name}.py" for name in ("corpus", "tasks")),
+    "tests/vllm/gpu.py",
+)
 SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
