@@ -152,6 +152,7 @@ def baseline(cases: Sequence[EngineCase]) -> EngineCase:
 DENSE = {"selector": "dense"}
 FLASH = {"selector": "flashprefill", "alpha": 0.18}
 BOUNDS = {"selector": "keybounds", "threshold": 0.13}
+DENSE_END = {"dense_last_blocks": 2}  # of every chunk
 CONTESTANTS: dict[str, dict[str, Any] | None] = {
     BASELINE: None, EXACT: DENSE, "flashprefill-0.18": FLASH, "keybounds-0.13": BOUNDS,
 }  # fmt: skip
@@ -173,7 +174,12 @@ def _h200_cases() -> tuple[EngineCase, ...]:
     captured = [replace(case, graphs=True) for case in answers]
     decoding = [replace(case, graphs=True, lengths=(8 * K,)) for case in ttft if not case.selects]
     floor = replace(answers[0], chunk=2048)  # what bfloat16 alone does to the tokens, when sums are cut elsewhere
-    return (*answers, floor, *ttft, *captured, *decoding)
+    ends = [
+        replace(case, contestant=f"{case.contestant}-dense-end", settings={**(case.settings or {}), **DENSE_END})
+        for case in answers
+        if case.selects
+    ]
+    return (*answers, *ends, floor, *ttft, *captured, *decoding)
 
 
 def _cpu_cases() -> tuple[EngineCase, ...]:

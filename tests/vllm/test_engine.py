@@ -101,7 +101,8 @@ def watched(seen: Counter[str]) -> Iterator[None]:
             for b, seq_len in enumerate(seq_lens):
                 rows = slice(planned.rows.start + starts[b], planned.rows.start + starts[b + 1])
                 kv = PagedKV(k, v, planned.page_table[b : b + 1])
-                batch = PrefillBatch.from_lens([rows.stop - rows.start], [seq_len])
+                ends = [seq_len] if self.settings.ends_dense else None
+                batch = PrefillBatch.from_lens([rows.stop - rows.start], [seq_len], prompt_lens=ends)
                 alone = prefill(
                     q[rows], kv, batch, selector=self.selector, heads_per_group=1, query_blocks_per_span=1,
                     scale=self.scale,
@@ -117,7 +118,11 @@ def watched(seen: Counter[str]) -> Iterator[None]:
         LayerPlan.run = run  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("options", [{"selector": "dense"}, FLASH], ids=["dense", "flashprefill"])
+@pytest.mark.parametrize(
+    "options",
+    [{"selector": "dense"}, FLASH, FLASH | {"dense_last_blocks": 1}],
+    ids=["dense", "flashprefill", "dense ends"],
+)
 def test_requests_keep_what_they_get_alone_through_a_cache_that_is_too_small(options: dict[str, Any]) -> None:
     """Prompts share prefixes; the cache holds a few of them, so pages are evicted, filled anew, and found again."""
     choice = random.Random(0)
@@ -138,12 +143,12 @@ def test_requests_keep_what_they_get_alone_through_a_cache_that_is_too_small(opt
         scheduler._preempt_request = counted
         first, _ = speak(llm, prompts, 28)
         again, found = speak(llm, prompts[::-1], 28)
-    if options != FLASH:  # a selection follows the chunks, and they begin where the prefix cache ends
+    if options == {"selector": "dense"}:  # a selection follows the chunks, and they begin where the prefix cache ends
         assert first == again[::-1]
     assert max(found) > 100
     assert seen["preempted"]
     assert seen["dense"]
-    assert bool(seen["sparse"]) == (options == FLASH)
+    assert bool(seen["sparse"]) == (options != {"selector": "dense"})
 
 
 def test_this_is_the_vllm_that_was_asked_for() -> None:
