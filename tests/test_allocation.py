@@ -157,11 +157,14 @@ def test_a_command_divides_densities_and_rows_run_with_them(
 ) -> None:
     monkeypatch.setattr(allocate, "OPTIONS", FEW)
     monkeypatch.setattr(allocate, "ALLOCATED", {0.0: 1, 0.6: 1, 1.0: 1})
+    old = tmp_path / plans.allocated_file(0.0)
+    old.parent.mkdir()
+    old.write_text("of other options")
     arguments = ["--weights", str(weights), "--corpus", str(weights / "corpus.zip"), "--chunk", str(CHUNK)]
     allocate.main([*arguments, "--context", str(CONTEXT), "--items", "1", "--out", str(tmp_path)])
     told = capsys.readouterr().out
     assert "density 0: even the sparsest options read more" in told
-    assert not (tmp_path / plans.allocated_file(0.0)).exists()
+    assert not old.exists()
     some, every = (json.loads((tmp_path / plans.allocated_file(density)).read_text()) for density in (0.6, 1.0))
     assert every["expected_nats"] <= some["expected_nats"]
     assert some["expected_density"] <= 0.6
@@ -174,7 +177,7 @@ def test_a_command_divides_densities_and_rows_run_with_them(
             assert (its["selector"], its["threshold"]) in measured
     gate = weights / train_gate.WEIGHTS_FILE
     shutil.copytree(tmp_path / "layers", weights / "layers")
-    rows = plans.allocated_rows(weights, gate, {0.6: 1, 1.0: 0})
+    rows = plans.allocated_rows(weights, gate, {0.0: 1, 0.6: 1, 1.0: 0})
     assert rows[1].name == f"{plans.BY_LAYER}{plans.LAST}: density 1"
     other = tmp_path / "other.safetensors"
     other.write_bytes(gate.read_bytes() + b" ")

@@ -231,18 +231,18 @@ def main(arguments: list[str] | None = None) -> None:
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "torch": torch.__version__,
         }
-        write_options(out / OPTIONS_FILE, layers, conditions)
         for density in ALLOCATED:
-            chosen = cheapest(layers, density)
+            path, chosen = out / allocated_file(density), cheapest(layers, density)
             if chosen is None:
+                path.unlink(missing_ok=True)  # of other options
                 print(f"density {density:g}: even the sparsest options read more")
                 continue
-            path = out / allocated_file(density)
             write_choice(path, chosen)
             told = ", ".join(f"{one.selector} {one.threshold:g}" for one in chosen)
             together = {n: (one.selector, one.threshold) for n, one in enumerate(chosen)}
             read, nats = float(np.mean(allocation.densities(together))), allocation.nats(together)
             print(f"{path}: {told}; expected {sum(one.nats for one in chosen):.3g} nats, got {nats:.3g} at {read:.3f}")
+        write_options(out / OPTIONS_FILE, layers, conditions)  # last: rows are planned where it is of these weights
     except (ValueError, OSError) as error:
         raise SystemExit(f"allocate: {error}") from error
 

@@ -266,7 +266,8 @@ def allocated_file(density: float) -> str:
 def allocated_rows(weights: Path, gate: Path, densities: Mapping[float, int]) -> list[Row]:
     """Gates and bounds, by layer, as `benchmarks.fidelity.allocate` divided a density; the density is swept.
 
-    None where that was not done, or with other weights or gates than those in `weights` and `gate`.
+    None where that was not done, or with other weights or gates than those in `weights` and `gate`; and none of a
+    density that no choice was found for.
     """
     from benchmarks.testbed.model import file_id
 
@@ -278,7 +279,10 @@ def allocated_rows(weights: Path, gate: Path, densities: Mapping[float, int]) ->
         return []
     rows = []
     for density, priority in densities.items():
-        layers = json.loads((weights / allocated_file(density)).read_text())["layers"]
+        path = weights / allocated_file(density)
+        if not path.exists():
+            continue
+        layers = json.loads(path.read_text())["layers"]
         family = BY_LAYER + LAST
         name = f"{family}: density {density:g}"
         settings = {"selector": "SeerGate", "settings": LAST_BLOCKS, "parameter": "density", "by_layer": layers}

@@ -33,7 +33,7 @@ from benchmarks.serving.cases import EXACT, EngineCase, Plan, baseline, chosen_c
 from benchmarks.serving.compare import compared, near_tie_bound, verdict
 from benchmarks.serving.questions import Question, questions_of
 from benchmarks.testbed import corpus as corpora
-from benchmarks.testbed.model import WEIGHTS_DIRECTORY
+from benchmarks.testbed.model import WEIGHTS_DIRECTORY, file_id
 from benchmarks.testbed.tasks import TaskSource, score
 from benchmarks.testbed.training_record import check_corpus
 
@@ -167,7 +167,7 @@ def _asked(options: Options, questions: list[Question]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for question in questions:
         digest.update(question.example.prompt.tobytes())
-    weights = hashlib.sha256((options.weights / "model.safetensors").read_bytes()).hexdigest()[:16]
+    weights = file_id(options.weights / "model.safetensors")
     return {"weights": weights, "questions": digest.hexdigest()[:16], "stand_ins": options.stand_ins}
 
 
