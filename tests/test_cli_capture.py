@@ -163,6 +163,15 @@ def test_a_terminal_shows_progress(folder: Path, tmp_path: Path, monkeypatch: py
     assert "tuning: 100%" in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, as in a terminal; a shell has what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("ending", ["SIGTERM", "SIGINT", "full disk"])
 def test_a_capture_that_ends_early_leaves_what_was_there(
     ending: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
