@@ -71,6 +71,11 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default 1)")
 
 
+def _given(parsed: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options of these names that were given; for the others a preset's `Options` have their defaults."""
+    return {name: its for name in names if (its := getattr(parsed, name)) is not None}
+
+
 def _latency(parsed: argparse.Namespace) -> int:
     from benchmarks import latency
     from benchmarks.cases import matching, preset
@@ -80,22 +85,8 @@ def _latency(parsed: argparse.Namespace) -> int:
         return 0
     if parsed.tracebacks:
         _show_tracebacks()
-    return latency.run(
-        latency.Options(
-            preset=parsed.preset,
-            out=parsed.out,
-            cases=parsed.cases,
-            only=parsed.only,
-            resume=parsed.resume,
-            commit=parsed.commit,
-            budget_seconds=parsed.budget_seconds,
-            timing_seconds=parsed.timing_seconds,
-            device=parsed.device,
-            shrink=parsed.shrink,
-            threads=parsed.threads,
-            warm=parsed.warm,
-        )
-    )
+    names = ("preset", "out", "cases", "only", "resume", "commit", "budget_seconds", "timing_seconds", "device")
+    return latency.run(latency.Options(**_given(parsed, *names, "shrink", "threads", "warm")))
 
 
 def _add_ttft(commands: Any) -> None:
@@ -118,7 +109,7 @@ def _ttft(parsed: argparse.Namespace) -> int:
     from benchmarks.ttft import run
 
     names = ("preset", "out", "only", "resume", "commit", "budget_seconds", "timing_seconds", "device", "shrink")
-    options = run.Options(**{name: getattr(parsed, name) for name in (*names, "threads")})
+    options = run.Options(**_given(parsed, *names, "threads"))
     if parsed.list:
         print(run.listing(options))
         return 0
@@ -146,11 +137,8 @@ def _serving(parsed: argparse.Namespace) -> int:
     _check_installed("serving", "transformers", "hf")
     from benchmarks.serving import run
 
-    names = ("preset", "out", "corpus", "only", "resume", "commit", "budget_seconds", "stand_ins")
-    given = {name: getattr(parsed, name) for name in names}
-    if parsed.weights is not None:
-        given["weights"] = parsed.weights
-    options = run.Options(**given)
+    names = ("preset", "out", "weights", "corpus", "only", "resume", "commit", "budget_seconds", "stand_ins")
+    options = run.Options(**_given(parsed, *names))
     if parsed.list:
         print(run.listing(options))
         return 0
@@ -187,12 +175,8 @@ def _fidelity(parsed: argparse.Namespace) -> int:
     _check_installed("fidelity", "transformers", "hf")
     from benchmarks.fidelity import run
 
-    names = ("preset", "out", "gate", "corpus", "only", "contexts", "share", "items", "resume", "commit")
-    names = (*names, "budget_seconds", "device", "tokens_at_once", "threads")
-    given = {name: getattr(parsed, name) for name in names}
-    if parsed.weights is not None:
-        given["weights"] = parsed.weights
-    options = run.Options(**given)
+    names = ("preset", "out", "weights", "gate", "corpus", "only", "contexts", "share", "items", "resume", "commit")
+    options = run.Options(**_given(parsed, *names, "budget_seconds", "device", "tokens_at_once", "threads"))
     if parsed.list:
         print(run.listed(options))
         return 0

@@ -27,7 +27,7 @@ from benchmarks.cases import Case, Preset, matching, preset
 from benchmarks.contestants import Field, decode_field, step_field, tables_field
 from benchmarks.host import measured_host
 from benchmarks.layouts import layouts_field
-from benchmarks.machine import LATENCY_SOURCES, ceilings, environment
+from benchmarks.machine import LATENCY_SOURCES, ceilings, check_device, environment
 from benchmarks.measure import failed, measure, rows_of
 from benchmarks.prompts import measured_prompt
 from benchmarks.scaling import scaling_field
@@ -84,8 +84,7 @@ def run(options: Options) -> int:
     if options.timing_seconds is not None:
         chosen = replace(chosen, timing_seconds=options.timing_seconds)
     device = options.device or chosen.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
+    check_device(options.preset, device)
     listed = matching(chosen.cases, options.cases, options.only)
     if not listed:
         raise ValueError(f"--cases: expected a part of a case's name, such as {chosen.cases[0].name}, got no match")
@@ -173,19 +172,22 @@ def opened(
     resume: bool,
     patterns: Sequence[str] = LATENCY_SOURCES,
     packages: Sequence[str] = (),
+    alike: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The result to add to, with a new run in it: empty, or when resuming with all sound cases of the one in `path`.
 
     Args:
         path: where the result is, or will be.
-        head: what a result says of itself first: its kind (if it has one), schema, preset, protocol and notes.
+        head: what a result says of itself first: its kind (if it has one), schema, preset, protocol and notes, and
+            whatever else its cases follow from.
         device, commit, patterns: see `machine.environment`.
         resume: keep what is there.
         packages: whose versions matter too, beside those of torch and the library.
+        alike: what of `head` has to be the same in what is there.
 
     Raises:
-        ValueError: what is there comes from other sources, another card or other versions, or is another kind of
-            result.
+        ValueError: what is there comes from other sources, another card or other versions, is another kind of result,
+            or not alike.
     """
     here = environment(device, commit, patterns)
     here |= {name: importlib.metadata.version(name) for name in packages}
@@ -194,10 +196,10 @@ def opened(
         before = json.loads(path.read_text())
         same = all(before.get(name) == head.get(name) for name in ("kind", "schema"))
         where = before["runs"][-1]["environment"] if same else {}
-        for name in ("sources", "gpu", "torch", *packages):
-            if where.get(name) != here[name]:
-                got = f"{path} of {name} {where.get(name)!r}"
-                raise ValueError(f"--resume: expected a result of {name} {here[name]!r}, got {got}")
+        asked = [(name, where.get(name), here[name]) for name in ("sources", "gpu", "torch", *packages)]
+        for name, its, wanted in [*asked, *((name, before.get(name), head[name]) for name in alike)]:
+            if its != wanted:
+                raise ValueError(f"--resume: expected a result of {name} {wanted!r}, got {path} of {name} {its!r}")
         result["runs"] = before["runs"]
         result["cases"] = [record for record in before["cases"] if record["status"] == "ok" and not failed(record)]
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -60,6 +60,16 @@ def sources(root: Path = ROOT, patterns: Sequence[str] = LATENCY_SOURCES) -> str
     return digest.hexdigest()[:16]
 
 
+def check_device(preset: str, device: str) -> None:
+    """Refuse to run a preset on a GPU that is not here.
+
+    Raises:
+        ValueError: the device is "cuda" and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--preset {preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
+
+
 def environment(device: str, commit: str | None = None, patterns: Sequence[str] = LATENCY_SOURCES) -> dict[str, object]:
     """Versions, hardware, and which sources ran; `commit` is for machines that have no git."""
     found: dict[str, object] = {

@@ -20,6 +20,7 @@ from compactattn.selectors import (
     Selector,
     XAttention,
     check_selector,
+    threshold_of,
 )
 from compactattn.validation import check_blocks, check_queries, check_summary, resolve_scale
 
@@ -170,7 +171,7 @@ def block_scores(
 
 def log_threshold(selector: Scored) -> float:
     """Log of the share of a row's peak that a block's score has to reach."""
-    share = selector.threshold if isinstance(selector, KeyBounds) else selector.alpha
+    share = threshold_of(selector)
     return math.log(share) if share > 0 else -math.inf
 
 

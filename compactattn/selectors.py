@@ -214,6 +214,11 @@ Selector = FlashPrefill | KeyBounds | XAttention | Oracle | Dense | SeerGate
 Scored = FlashPrefill | KeyBounds
 
 
+def threshold_of(selector: Scored) -> float:
+    """The share of a row's peak that a block's score has to reach: `FlashPrefill`'s alpha, `KeyBounds`' threshold."""
+    return selector.alpha if isinstance(selector, FlashPrefill) else selector.threshold
+
+
 def _check_common(selector: Selector) -> None:
     for name in ("sink_blocks", "window_blocks", "dense_queries", "dense_keys", "dense_last_blocks"):
         check_int(name, getattr(selector, name), 0)

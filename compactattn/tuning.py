@@ -25,7 +25,7 @@ from compactattn.demo import PagedPrompt, best_device
 from compactattn.dispatch import resolve_backend
 from compactattn.quality import CoverageSummary, DensityCascade, coverage, density_cascade, summarize_coverage
 from compactattn.selection import block_rules, block_scores, select
-from compactattn.selectors import FlashPrefill, KeyBounds, Oracle, Scored
+from compactattn.selectors import FlashPrefill, KeyBounds, Oracle, Scored, threshold_of
 from compactattn.summary import summarize
 from compactattn.table import build_table
 from compactattn.union import span_blocks, unite
@@ -97,7 +97,7 @@ class LayerTuning:
     @property
     def threshold(self) -> float:
         """What was found: the selector's alpha, or its threshold."""
-        return self.selector.alpha if isinstance(self.selector, FlashPrefill) else self.selector.threshold
+        return threshold_of(self.selector)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from benchmarks.fidelity.plans import (
 )
 from benchmarks.fidelity.probing import probe
 from benchmarks.latency import torch_threads, write_json
-from benchmarks.machine import FIDELITY_SOURCES, environment
+from benchmarks.machine import FIDELITY_SOURCES, check_device, environment
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.intervals import METHODS as INTERVALS
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, file_id, load_model
@@ -161,8 +161,7 @@ def listed(options: Options) -> str:
 def run(options: Options) -> int:
     """Run a preset, print progress, write JSON; 0 unless a cell of the result failed, in this run or an earlier one."""
     chosen = plan(options)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
+    check_device(options.preset, chosen.device)
     started, on_cpu = time.perf_counter(), chosen.device == "cpu"
     corpus = corpora.load(options.corpus)
     check_corpus(options.weights, corpus)

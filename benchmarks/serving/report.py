@@ -117,21 +117,19 @@ def ttft_section(result: Record) -> list[str]:
     """Fastest times by length; times the baseline's only where the tokens of the plugin's dense engine were right."""
     right = tokens_are_right(result)
     records, rows = of_kind(result, "ttft"), []
-    for record in records:
-        for prompt in record["prompts"]:
-            base = _baseline_seconds(records, record, prompt["length"])
-            seconds = min(prompt["seconds"])
-            rows.append(
-                (
-                    tokens(prompt["length"]),
-                    record["name"] + ("" if prompt["factor"] == 1 else ", scaled"),
-                    seconds,
-                    ", ".join(f"{one:.3f}" for one in prompt["seconds"]),
-                    base / seconds if right else math.nan,
-                    _share_read(prompt["read"]),
-                )
+    timed = [(record, prompt) for record in records for prompt in record["prompts"]]
+    for record, prompt in sorted(timed, key=lambda one: one[1]["length"]):
+        base, seconds = _baseline_seconds(records, record, prompt["length"]), min(prompt["seconds"])
+        rows.append(
+            (
+                tokens(prompt["length"]),
+                record["name"] + ("" if prompt["factor"] == 1 else ", scaled"),
+                seconds,
+                ", ".join(f"{one:.3f}" for one in prompt["seconds"]),
+                base / seconds if right else math.nan,
+                _share_read(prompt["read"]),
             )
-    rows.sort(key=lambda row: int(row[0].removesuffix("K")) * (1024 if row[0].endswith("K") else 1))
+        )
     body = table(("prompt", "engine", "s to the first token", "all", "x triton", "past blocks read"), rows)
     said = "No speedups: no dense engine of the plugin has answered with a green gate in this result."
     return body if right or not body else [*body, "", said]

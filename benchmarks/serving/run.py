@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.latency import opened, run_cases
-from benchmarks.machine import ROOT, SERVING_SOURCES
+from benchmarks.machine import ROOT, SERVING_SOURCES, check_device
 from benchmarks.measure import failed
 from benchmarks.serving.cases import EXACT, EngineCase, Plan, baseline, chosen_cases, preset
 from benchmarks.serving.compare import compared, near_tie_bound, verdict
@@ -129,20 +129,16 @@ def listing(options: Options) -> str:
 def run(options: Options) -> int:
     """Run a preset, print progress and tables, write JSON; 0 unless the gate is red or an engine fails."""
     plan, cases = planned(options)
-    if plan.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
+    check_device(options.preset, plan.device)
     started = time.perf_counter()
     questions = questions_of(baseline(plan.cases), task_source(options))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"serving-{options.preset}.json"
     notes = (*plan.notes, *([STAND_INS_NOTE] if options.stand_ins else []))
     head = {"kind": KIND, "schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL, "notes": notes}
-    head |= _asked(options, questions)
-    if options.resume and path.exists():
-        _check_alike(json.loads(path.read_text()), head, path)
-    result = opened(
-        path, head, plan.device, options.commit, resume=options.resume, patterns=SERVING_SOURCES, packages=PACKAGES
-    )
+    asked = _asked(options, questions)
+    how = {"resume": options.resume, "patterns": SERVING_SOURCES, "packages": PACKAGES, "alike": tuple(asked)}
+    result = opened(path, head | asked, plan.device, options.commit, **how)
     if plan.device == "cuda":
         torch.cuda.empty_cache()  # of measuring the ceilings: the engines need it
     budget = plan.budget_seconds if options.budget_seconds is None else options.budget_seconds
@@ -169,13 +165,6 @@ def _asked(options: Options, questions: list[Question]) -> dict[str, Any]:
         digest.update(question.example.prompt.tobytes())
     weights = file_id(options.weights / "model.safetensors")
     return {"weights": weights, "questions": digest.hexdigest()[:16], "stand_ins": options.stand_ins}
-
-
-def _check_alike(before: dict[str, Any], head: dict[str, Any], path: Path) -> None:
-    for name in ("weights", "questions", "stand_ins"):
-        if before.get(name, head[name]) != head[name]:
-            expected, got = f"{name} {head[name]!r}", f"{path} of {name} {before[name]!r}"
-            raise ValueError(f"--resume: expected a result of {expected}, got {got}")
 
 
 class Bench:

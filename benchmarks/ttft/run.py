@@ -26,7 +26,7 @@ from benchmarks.cases import Preset, matching
 from benchmarks.contestants import groupings_of
 from benchmarks.gate import Verdict
 from benchmarks.latency import opened, run_cases, torch_threads
-from benchmarks.machine import TTFT_SOURCES, sensors
+from benchmarks.machine import TTFT_SOURCES, check_device, sensors
 from benchmarks.measure import Rounds, failed, measure
 from benchmarks.prompts import brief_rows, places
 from benchmarks.ttft.cases import OWN, StackCase, in_small, needed_bytes, preset, refuse_if_too_large
@@ -124,8 +124,7 @@ def listing(options: Options) -> str:
 def run(options: Options) -> int:
     """Run a preset, print progress and tables, write JSON; 0 unless a gate is red or a case fails."""
     chosen, cases = planned(options)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--preset {options.preset}: expected a CUDA device, got none; --preset cpu runs everywhere")
+    check_device(options.preset, chosen.device)
     started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"ttft-{options.preset}.json"

@@ -94,14 +94,17 @@ class EngineSettings:
 
     @property
     def ends_dense(self) -> bool:
-        """Whether some layer keeps the end of each chunk dense."""
-        return any(selector.dense_last_blocks for selector in (self.others, *self.layers.values()))
+        """Whether some layer that selects keeps the end of each chunk dense."""
+        return any(its.dense_last_blocks for its in self._selecting)
 
     @property
     def dense_end(self) -> int:
         """A request with at most so many queries in a step runs dense, because they all are the end of its chunk."""
-        selecting = [its for its in (self.others, *self.layers.values()) if not isinstance(its, Dense)]
-        return min((its.dense_last_blocks * its.query_block for its in selecting), default=0)
+        return min((its.dense_last_blocks * its.query_block for its in self._selecting), default=0)
+
+    @property
+    def _selecting(self) -> list[Selector]:
+        return [its for its in (self.others, *self.layers.values()) if not isinstance(its, Dense)]
 
     @property
     def dense_queries(self) -> int:
