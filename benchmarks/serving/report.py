@@ -9,23 +9,34 @@ from pathlib import Path
 from benchmarks.measure import rows_of
 from benchmarks.records import Record, check_timed, of_kind, read_kind, table, tokens
 from benchmarks.report import written
-from benchmarks.serving.cases import BASELINE
+from benchmarks.serving.cases import BASELINE, EXACT
+from benchmarks.serving.figure import draw
+from benchmarks.serving.findings import (
+    mean_score,
+    prompt_name,
+    share_read,
+    step_ms,
+    times_dense,
+    tokens_are_right,
+)
 
 ASKED = ("mixed", "cached", "cold")
 
 
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
-    """Write NAME.md of a result NAME.json; where it went."""
+    """Write NAME.md and NAME.png of a result NAME.json; where they went, the text first."""
     result = read_kind(path, "serving", 1)
     check_timed(path, result)
     out = path.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    text = out / f"{path.stem}.md"
-    text.write_text(markdown(result), encoding="utf-8")
-    return (text,)
+    text, picture = out / f"{path.stem}.md", out / f"{path.stem}.png"
+    text.write_text(markdown(result, [picture.name]), encoding="utf-8")
+    draw(result, picture)
+    return text, picture
 
 
-def markdown(result: Record) -> str:
+def markdown(result: Record, pictures: Sequence[str] = ()) -> str:
+    """The whole report; `pictures` are the figures' file names."""
     sections = (
         ("Greedy tokens beside the baseline's", answers_section),
         ("Where exact engines part", differences_section),
@@ -34,7 +45,7 @@ def markdown(result: Record) -> str:
         ("A decode step", decode_section),
         ("Engines", engines_section),
     )
-    return written("vLLM's engine", result, sections, [])
+    return written("vLLM's engine", result, sections, pictures)
 
 
 def answers_section(result: Record) -> list[str]:
@@ -51,8 +62,8 @@ def answers_section(result: Record) -> list[str]:
                 near,
                 sum(one is not None for one in differences) - near,
                 ("green" if all(gate) else "**red**") if gate else "-",
-                _mean(record, "mixed"),
-                _share_read(record["read"]),
+                _percent(mean_score(record)),
+                _percent(share_read(record["read"])),
                 ", ".join(str(answer["cached"]) for answer in record["answers"] if answer["asked"] == "cached"),
             )
         )
@@ -68,16 +79,8 @@ def _equal(record: Record, asked: str) -> str:
     return f"{sum(answer['difference'] is None for answer in answers)} of {len(answers)}"
 
 
-def _mean(record: Record, asked: str, task: str | None = None) -> str:
-    scores = [
-        answer["score"] for answer in record["answers"] if answer["asked"] == asked and task in (None, answer["task"])
-    ]
-    return f"{sum(scores) / len(scores):.1%}" if scores else "-"
-
-
-def _share_read(read: Record | None) -> str:
-    """Of the past blocks that chunks which select see; engines that select nothing have none."""
-    return f"{read['read'] / read['visible']:.1%}" if read and read["visible"] else "-"
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"
 
 
 def differences_section(result: Record) -> list[str]:
@@ -86,7 +89,7 @@ def differences_section(result: Record) -> list[str]:
     for record in of_kind(result, "answers"):
         for answer in record["answers"]:
             one = answer.get("difference")
-            if one is None or record["case"]["contestant"] not in (BASELINE, "dense"):
+            if one is None or record["case"]["contestant"] not in (BASELINE, EXACT):
                 continue
             what = f"{answer['task']}, {tokens(answer['length'])}, {answer['key']} ({answer['asked']})"
             sides = (_best_two(one[side]) for side in ("baseline", "top2"))
@@ -109,46 +112,31 @@ def accuracy_section(result: Record) -> list[str]:
     """The share of the answers' words, by task, of the prompts in one batch."""
     records = of_kind(result, "answers")
     found = {answer["task"]: None for record in records for answer in record["answers"] if answer["asked"] == "mixed"}
-    rows = [(record["name"], *(_mean(record, "mixed", task) for task in sorted(found))) for record in records]
+    rows = [(record["name"], *(_percent(mean_score(record, task)) for task in sorted(found))) for record in records]
     return table(("engine", *sorted(found)), rows)
 
 
 def ttft_section(result: Record) -> list[str]:
-    """Fastest times by length; times the baseline's only where the tokens of the plugin's dense engine were right."""
+    """Fastest times by length; speedups only where the tokens of the plugin's dense engine were right."""
     right = tokens_are_right(result)
-    records, rows = of_kind(result, "ttft"), []
-    timed = [(record, prompt) for record in records for prompt in record["prompts"]]
+    timed = [(record, prompt) for record in of_kind(result, "ttft") for prompt in record["prompts"]]
+    rows = []
     for record, prompt in sorted(timed, key=lambda one: one[1]["length"]):
-        base, seconds = _baseline_seconds(records, record, prompt["length"]), min(prompt["seconds"])
+        speedups = times_dense(result, record, prompt).values()
         rows.append(
             (
                 tokens(prompt["length"]),
-                record["name"] + ("" if prompt["factor"] == 1 else ", scaled"),
-                seconds,
+                prompt_name(record, prompt),
+                min(prompt["seconds"]),
                 ", ".join(f"{one:.3f}" for one in prompt["seconds"]),
-                base / seconds if right else math.nan,
-                _share_read(prompt["read"]),
+                *(speedups if right else [math.nan] * 2),
+                _percent(share_read(prompt["read"])),
             )
         )
-    body = table(("prompt", "engine", "s to the first token", "all", "x triton", "past blocks read"), rows)
+    head = ("prompt", "engine", "s to the first token", "all", "x triton", "x dense", "past blocks read")
+    body = table(head, rows)
     said = "No speedups: no dense engine of the plugin has answered with a green gate in this result."
     return body if right or not body else [*body, "", said]
-
-
-def tokens_are_right(result: Record) -> bool:
-    """Whether there is a gate in the result, and all are green."""
-    gates = [row["gate"]["passed"] for record in of_kind(result, "answers") for row in rows_of(record)]
-    return bool(gates) and all(gates)
-
-
-def _baseline_seconds(records: Sequence[Record], record: Record, length: int) -> float:
-    """Of the same prompt length in the baseline with graphs, or without, as the record."""
-    for one in records:
-        case = one["case"]
-        if case["contestant"] == BASELINE and case["graphs"] == record["case"]["graphs"]:
-            found = [min(prompt["seconds"]) for prompt in one["prompts"] if prompt["length"] == length]
-            return found[0] if found else math.nan
-    return math.nan
 
 
 def decode_section(result: Record) -> list[str]:
@@ -156,14 +144,13 @@ def decode_section(result: Record) -> list[str]:
     rows = []
     for record in of_kind(result, "ttft"):
         decode = record["decode"]
-        step = (min(decode["more"]) - min(decode["first"])) / decode["steps"]
-        rows.append((record["name"], decode["requests"], tokens(decode["context"]), step * 1e3, decode["steps"]))
+        rows.append((record["name"], decode["requests"], tokens(decode["context"]), step_ms(record), decode["steps"]))
     return table(("engine", "requests", "context of each", "ms per step", "steps"), rows)
 
 
 def engines_section(result: Record) -> list[str]:
-    """What ran, engine by engine, and what was tried to get a density."""
-    rows, lines = [], []
+    """What ran, engine by engine, what was tried to get a density, and what of vLLM was not there."""
+    rows, tried, missing = [], [], set()
     for record in result["cases"]:
         if record["status"] != "ok":
             continue
@@ -174,11 +161,11 @@ def engines_section(result: Record) -> list[str]:
         rows.append(
             (record["name"], ", ".join(engine["attention"]), told, *(engine[name] for name in names), record["seconds"])
         )
-        lines += [
+        tried += [
             f"- {record['name']}: queries and keys x {one['factor']:.3g}: {one['density']:.1%} read"
             for one in record.get("tried", [])
         ]
-        if engine["missing_modules"]:
-            lines.append(f"- {record['name']}: without {', '.join(engine['missing_modules'])}")
+        missing.add(", ".join(engine["missing_modules"]))
+    lines = [*tried, *(f"- without {modules}" for modules in sorted(missing) if modules)]
     head = ("engine", "attention", "settings", "cache block", "CUDA graphs", "model runner", "s in all")
     return [*table(head, rows), "", *lines] if lines else table(head, rows)
