@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compactattn import operators
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
-from compactattn.dispatch import Backend, check_cache_dtype, resolve_backend
+from compactattn.dispatch import Backend, check_cache_dtype, has_triton, replays, resolve_backend
 from compactattn.features import PLAIN, Features, check_correctable, check_features
 from compactattn.validation import (
     check_flag,
@@ -92,6 +92,9 @@ def attend(
         out: where to write the result, [T, Hq, D] of q's dtype; must not overlap q or the cache.
         backend: None (by device), "triton" or "numba".
 
+    On a GPU the launches of a call with neither correction nor features, over a cache that is not FP8, are remembered
+    and repeated for calls of the same shapes and bounds, as those of `prefill` are.
+
     Returns:
         out [T, Hq, D], or (out, lse). A query with nothing to see gets out 0 and lse -inf (its head's sink, where
         there are sinks); rows at or beyond `cu_seqlens_q[B]` are unspecified. Accumulation is in float32; float32
@@ -107,6 +110,27 @@ def attend(
         return operators.call("attend", q=q, kv=kv, batch=batch, table=table, **model, **how)
     check_flag("return_lse", return_lse)
     check_no_gradients("out", out)
+    arguments = (q, kv, batch, table, scale, return_lse, out, backend)
+    plain = correction is None and softcap is None and window is None and sinks is None
+    if plain and isinstance(q, Tensor) and q.is_cuda and has_triton():
+        return replays().attend(_attend, *arguments)
+    return _attend(*arguments, correction, softcap, window, sinks)
+
+
+def _attend(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    scale: float | None,
+    return_lse: bool,
+    out: Tensor | None,
+    backend: str | None,
+    correction: KVSummary | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     check_queries(q, kv, batch)
     check_table(table, q, kv, batch)
     features = check_features(softcap, window, sinks, q)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -56,6 +57,14 @@ def check_cache_dtype(kv: PagedKV, backend: Backend) -> None:
 def has_triton() -> bool:
     """Whether Triton is installed; looked up once."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def replays() -> ModuleType:
+    """The module that repeats launches. It needs Triton; an import in every call would cost the host a microsecond."""
+    from compactattn._triton import replay
+
+    return replay
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:

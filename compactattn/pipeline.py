@@ -10,9 +10,6 @@ three are fused: scores go straight to tables, and no mask is ever written.
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -20,7 +17,7 @@ from compactattn import operators
 from compactattn.attention import run_attention
 from compactattn.data import BlockTable, KVSummary, PagedKV, PrefillBatch
 from compactattn.density import check_counter, run_count
-from compactattn.dispatch import Backend, check_cache_dtype, has_triton, resolve_backend
+from compactattn.dispatch import Backend, check_cache_dtype, has_triton, replays, resolve_backend
 from compactattn.features import PLAIN, Features, check_correctable, check_features
 from compactattn.selection import block_scores, select
 from compactattn.selectors import Oracle, Scored, SeerGate, Selector, check_selector
@@ -112,7 +109,7 @@ def prefill(
         check_tensor("q", q, ndim=3)
         return _prefill(*arguments, check_features(softcap, window, sinks, q), density)
     if isinstance(q, Tensor) and q.is_cuda and has_triton():
-        return _replay().prefill(_prefill, *arguments)
+        return replays().prefill(_prefill, *arguments)
     return _prefill(*arguments)
 
 
@@ -185,7 +182,7 @@ def select_table(
         return operators.call("select_table", **step, **shared, backend=backend)
     arguments = (q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
     if isinstance(q, Tensor) and q.is_cuda and has_triton():
-        return _replay().select_table(_select_table, *arguments)
+        return replays().select_table(_select_table, *arguments)
     return _select_table(*arguments)
 
 
@@ -202,14 +199,6 @@ def _select_table(
 ) -> BlockTable:
     chosen, scale = _check_step(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, backend)
     return _table(q, kv, batch, selector, heads_per_group, query_blocks_per_span, scale, summary, chosen)
-
-
-@functools.cache
-def _replay() -> ModuleType:
-    """The module, which needs Triton; an import statement in every call would cost the host a microsecond."""
-    from compactattn._triton import replay
-
-    return replay
 
 
 def _check_step(

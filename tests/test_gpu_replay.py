@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compactattn import BlockTable, FlashPrefill, KeyBounds, prefill, select_table, summarize
+from compactattn import BlockTable, FlashPrefill, KeyBounds, attend, prefill, select_table, summarize
 from tests.test_gpu import SELECTOR, make_step
 
 pytestmark = pytest.mark.gpu
@@ -78,6 +78,62 @@ def test_a_table_again(
     again = [table(seed) for seed in range(len(LENGTHS))]  # all of them alive: none may lie on another
     for found, expected in zip(again, anew, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(valid(found), expected, strict=True))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new out", "given out"])
+@pytest.mark.parametrize("lse", [False, True], ids=["out", "lse"])
+@pytest.mark.parametrize("general", [False, True], ids=["Hopper", "general"])
+def test_attention_again(general: bool, lse: bool, given: bool, recordings: Any, monkeypatch: Any) -> None:
+    """Over other queries, caches and tables of one kind, bit for bit; the general kernel takes query blocks of 64."""
+    from compactattn import attention as stage
+
+    selector = replace(SELECTOR, query_block=64 if general else 128)
+    steps = [bounded_step(seed, *lens) for seed, lens in enumerate(LENGTHS)]
+    tables = [
+        select_table(q, kv, batch, selector=selector, heads_per_group=2, summary=summary)
+        for q, kv, batch, summary in steps
+    ]
+
+    def attention(seed: int) -> list[Tensor]:
+        q, kv, batch, _ = steps[seed]
+        out = torch.empty_like(q) if given else None
+        result = attend(q, kv, batch, tables[seed], return_lse=lse, out=out)
+        parts = result if isinstance(result, tuple) else (result,)
+        assert out is None or parts[0] is out
+        return [part[: sum(LENGTHS[seed][0])] for part in parts]
+
+    anew = []
+    for seed in range(len(LENGTHS)):
+        recordings.clear()
+        anew.append(attention(seed))
+    assert len(recordings) == 1
+    monkeypatch.setattr(stage, "_attend", not_again)
+    for found, expected in zip([attention(seed) for seed in range(len(LENGTHS))], anew, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert not any(part.isnan().any() for part in found)
+
+
+def test_replayed_attention_in_a_graph(recordings: Any) -> None:
+    """A capture of a replay serves other contents of its table and cache."""
+    steps = [bounded_step(seed, *LENGTHS[0]) for seed in range(2)]
+    (q, kv, batch, _), (_, other, _, _) = steps
+    table, further = (
+        select_table(q, kv, batch, selector=SELECTOR, heads_per_group=2, summary=summary)
+        for q, kv, batch, summary in steps
+    )
+    attend(q, kv, batch, table)
+    assert len([key for key in recordings if key[0] == "attend"]) == 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, kv, batch, table)
+    kv.k.copy_(other.k)
+    table.indices.copy_(further.indices)
+    table.counts.copy_(further.counts)
+    table.rows.copy_(further.rows)
+    graph.replay()
+    recordings.clear()
+    tokens = sum(LENGTHS[0][0])
+    assert torch.equal(out[:tokens], attend(q, kv, batch, table)[:tokens])
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS, ids=str)

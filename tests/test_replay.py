@@ -22,7 +22,7 @@ from compactattn import BlockTable, Dense, FlashPrefill, KeyBounds, KVSummary, P
 from compactattn._triton import replay
 from compactattn._triton.launch import recorder
 from compactattn._triton.recording import ALIGNMENT, Recording
-from compactattn._triton.replay import kind_of_step
+from compactattn._triton.replay import kind_of_attention, kind_of_step
 from compactattn.validation import check_out, memory_bytes
 
 CPU = torch.device("cpu")
@@ -245,6 +245,86 @@ def test_every_tensor_of_a_summary_is_an_input(present: tuple[str, ...]) -> None
     assert {id(tensor) for tensor in held} <= {id(tensor) for tensor in kind.inputs}
 
 
+@dataclass(frozen=True)
+class Attention:
+    q: torch.Tensor
+    kv: PagedKV
+    batch: PrefillBatch
+    table: BlockTable
+    scale: Any = None
+    return_lse: Any = False
+    out: torch.Tensor | None = None
+    backend: str | None = None
+
+    def kind(self) -> Any:
+        found = kind_of_attention(**vars(self))
+        return found and found.key
+
+
+def table_of(rows: int = 4, **sizes: int) -> BlockTable:
+    indices, counts = torch.zeros(rows, 1, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
+    names = {"block_size": 128, "query_block": 128} | sizes
+    return BlockTable(indices, counts, torch.arange(4, dtype=torch.int32).view(1, 4, 1), **names)
+
+
+def make_attention(**changes: Any) -> Attention:
+    step = make_step()
+    return replace(Attention(step.q, step.kv, step.batch, table_of()), **changes)
+
+
+OTHER_ATTENTION = {
+    "rows of q": lambda: make_attention(q=torch.zeros(21, 4, 64)),
+    "strides of q": lambda: make_attention(q=torch.zeros(4, 20, 64).transpose(0, 1)),
+    "dtype of q": lambda: make_attention(q=torch.zeros(20, 4, 64, dtype=torch.float16)),
+    "pages": lambda: make_attention(kv=with_cache(k=torch.zeros(5, 16, 2, 64), v=torch.zeros(5, 16, 2, 64)).kv),
+    "width of the page table": lambda: make_attention(kv=with_cache(page_table=torch.zeros(1, 9).int()).kv),
+    "requests": lambda: make_attention(batch=PrefillBatch.from_lens([10, 10], [60, 60])),
+    "longest chunk": lambda: make_attention(batch=replace(make_step().batch, max_q_len=21)),
+    "longest sequence": lambda: make_attention(batch=replace(make_step().batch, max_seq_len=61)),
+    "rows of the table": lambda: make_attention(table=table_of(5)),
+    "block size": lambda: make_attention(table=table_of(block_size=64)),
+    "query block": lambda: make_attention(table=table_of(query_block=64)),
+    "alignment of counts": lambda: make_attention(table=replace(table_of(), counts=torch.ones(5).int()[1:])),
+    "scale": lambda: make_attention(scale=0.5),
+    "lse": lambda: make_attention(return_lse=True),
+    "out": lambda: make_attention(out=torch.zeros(20, 4, 64)),
+    "strides of out": lambda: make_attention(out=torch.zeros(4, 20, 64).transpose(0, 1)),
+}
+
+
+def test_kinds_of_attention() -> None:
+    """As of steps; the lengths of prompts, which attention does not read, make no other kind."""
+    kinds = {name: make().kind() for name, make in OTHER_ATTENTION.items()}
+    assert None not in kinds.values()
+    kinds |= {"the first": make_attention().kind(), "a step": make_step().kind()}
+    assert len(set(kinds.values())) == len(kinds)
+    for name, make in OTHER_ATTENTION.items():
+        assert make().kind() == kinds[name], name
+    shorter = replace(PrefillBatch.from_lens([3], [40], prompt_lens=[50]), max_q_len=20, max_seq_len=60)
+    assert make_attention(batch=shorter, q=torch.ones(20, 4, 64)).kind() == kinds["the first"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"table": "table"},
+        {"kv": "cache"},
+        {"batch": "batch"},
+        {"return_lse": 1},
+        {"scale": torch.tensor(0.5)},
+        {"backend": "numba"},
+        {"out": "result"},
+        {"q": torch.zeros(20, 4, 64, requires_grad=True)},
+    ],
+    ids=str,
+)
+def test_attention_that_always_runs_anew(changes: dict[str, Any]) -> None:
+    assert make_attention(**changes).kind() is None
+    assert make_attention(kv=fp8_cache()).kind() is None
+    q = torch.zeros(20, 4, 64)
+    assert make_attention(q=q, out=q).kind() is None
+
+
 def fp8_cache() -> PagedKV:
     """The cache of `make_step` with scales, which a recording would not know."""
     k, v = torch.zeros(2, 4, 16, 2, 64).to(torch.float8_e4m3fn)
@@ -308,6 +388,18 @@ def test_a_tensor_changed_in_place_is_another_kind(name: str, how: str) -> None:
     assert step.kind() not in (None, before)
 
 
+@pytest.mark.parametrize("name", ["indices", "counts", "rows"])
+@pytest.mark.parametrize("how", IN_PLACE)
+def test_a_table_changed_in_place_is_another_kind(name: str, how: str) -> None:
+    call = make_attention()
+    tensor = getattr(call.table, name)
+    tensor.set_(torch.zeros(2 * tensor.numel() + 1, dtype=torch.int32).untyped_storage(), 0, tensor.shape)
+    before = call.kind()
+    assert call.kind() == before
+    IN_PLACE[how](tensor)
+    assert call.kind() not in (None, before)
+
+
 # ---- whole steps, with kernels that only take notes ----
 
 
@@ -341,6 +433,14 @@ class Stages:
         table = [torch.zeros(shape, dtype=torch.int32) for shape in ((4, 1), (4,), (1, 4, 1))]
         self._launch(q, *table)
         return BlockTable(*table, SELECTOR.block_size, SELECTOR.query_block)
+
+    def attend(self, q: torch.Tensor, kv: Any, batch: Any, table: BlockTable, *arguments: Any) -> Any:
+        out = arguments[-2]
+        self._launch(table.counts, out)
+        return out
+
+    def attention(self, call: Attention) -> Any:
+        return replay.attend(self.attend, *vars(call).values())
 
     def run(self, step: Step) -> Any:
         return replay.prefill(self.prefill, *vars(step).values())
@@ -388,6 +488,19 @@ def test_tables_are_replayed_apart_from_steps(stages: Any) -> None:
     stages.run(step)
     stages.table(with_cache(k=torch.zeros(5, 16, 2, 64), v=torch.zeros(5, 16, 2, 64)))
     assert stages.ran == 3
+
+
+def test_attention_is_replayed_over_its_own_table(stages: Any) -> None:
+    """A table is an input like any other; `out` may not meet the queries of a replay."""
+    for _ in range(3):
+        call = make_attention(out=torch.zeros(20, 4, 64))
+        assert stages.attention(call) is call.out
+        assert stages.kernel.args == (call.table.counts.data_ptr(), call.out.data_ptr())
+    assert stages.ran == 1
+    with pytest.raises(ValueError, match="out: expected memory apart from q's, got an overlap"):
+        stages.attention(replace(call, out=call.q[:]))
+    stages.run(make_step(out=torch.zeros(20, 4, 64)))
+    assert stages.ran == 2
 
 
 def test_the_oldest_recordings_go(stages: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A step like one that ran before, launched again without deciding anything anew.
+"""A step like one that ran before, launched again without deciding anything anew; or attention over a given table.
 
 Which kernels run on a step, with which grids and arguments, follows from shapes, strides, dtypes, host integers and
 settings; tensors enter as addresses alone. So the launches of the first step of its kind are recorded as they happen,
@@ -77,26 +77,18 @@ def kind_of_step(
     """The kind of a step; None for one that is always run anew.
 
     Replayed are the steps whose kernels all go through `launch`: those of `FlashPrefill` and `KeyBounds` without a
-    correction.
-    Shapes, strides, dtypes and devices are read anew each time: a tensor can be given others in place.
+    correction. Shapes, strides, dtypes and devices are read anew each time: a tensor can be given others in place.
     """
     if not (
         type(selector) in (FlashPrefill, KeyBounds)
-        and type(kv) is PagedKV
-        and kv.k_scale is None  # scales are not among the inputs
-        and type(batch) is PrefillBatch
+        and _repeatable(kv, batch, scale, return_lse, out, backend)
         and (summary is None or (type(summary) is KVSummary and summary.gate is None))
         and correction is False
-        and type(return_lse) is bool
         and type(heads_per_group) in _HEADS_TYPES
         and type(query_blocks_per_span) in _SPAN_TYPES
-        and type(scale) in _SCALE_TYPES
-        and (out is None or isinstance(out, Tensor))
-        and (backend is None or backend == "triton")
     ):
         return None
-    k = kv.k
-    inputs = [q, k, kv.v, kv.page_table, batch.cu_seqlens_q, batch.seq_lens]
+    inputs = [q, kv.k, kv.v, kv.page_table, batch.cu_seqlens_q, batch.seq_lens]
     prompts, unit, values, bounds = batch.prompt_lens, None, None, None
     if prompts is not None:
         inputs.append(prompts)
@@ -107,25 +99,66 @@ def kind_of_step(
             inputs.append(values)
         if bounds is not None:
             inputs.append(bounds)
+    shared = (heads_per_group, query_blocks_per_span)
+    present = (prompts is None, unit, values is None, bounds is None)
+    return _kind((selector, *shared, *present), inputs, batch, scale, return_lse, out)
+
+
+def kind_of_attention(
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    scale: float | None,
+    return_lse: bool,
+    out: Tensor | None,
+    backend: str | None,
+) -> Kind | None:
+    """The same of a call of `attend` without features and correction, which does not read the lengths of prompts."""
+    if not (type(table) is BlockTable and _repeatable(kv, batch, scale, return_lse, out, backend)):
+        return None
+    inputs = [q, kv.k, kv.v, kv.page_table, batch.cu_seqlens_q, batch.seq_lens]
+    inputs += (table.indices, table.counts, table.rows)
+    return _kind(("attend", table.block_size, table.query_block), inputs, batch, scale, return_lse, out)
+
+
+def _repeatable(
+    kv: PagedKV, batch: PrefillBatch, scale: float | None, return_lse: bool, out: Tensor | None, backend: str | None
+) -> bool:
+    """Whether what every kind of call is given can be told from its kind."""
+    return (
+        type(kv) is PagedKV
+        and kv.k_scale is None  # scales are not among the inputs
+        and type(batch) is PrefillBatch
+        and type(return_lse) is bool
+        and type(scale) in _SCALE_TYPES
+        and (out is None or isinstance(out, Tensor))
+        and (backend is None or backend == "triton")
+    )
+
+
+def _kind(
+    settings: tuple[Hashable, ...],
+    inputs: list[Tensor],
+    batch: PrefillBatch,
+    scale: float | None,
+    return_lse: bool,
+    out: Tensor | None,
+) -> Kind | None:
+    """The kind of a call with these settings and inputs, `out` not yet among them; None where one stands for two."""
     if out is not None:
         inputs.append(out)
     if len(set(map(id, inputs))) < len(inputs):
         return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or kv.v.requires_grad):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:3]):
         return None
     addresses = [*map(_address, inputs)]
     key = (
-        selector,
-        heads_per_group,
-        query_blocks_per_span,
+        *settings,
         scale,
         return_lse,
         batch.max_q_len,
         batch.max_seq_len,
-        prompts is None,
-        unit,
-        values is None,
-        bounds is None,
         out is None,
         *[tensor.shape for tensor in inputs],
         *map(_stride, inputs),
@@ -157,6 +190,38 @@ def prefill(
     kind = None if INTERPRETED else kind_of_step(*arguments)
     if kind is None:
         return run(*arguments)
+    return _repeated(run, arguments, kind, q, kv, return_lse, out)
+
+
+def attend(
+    run: Callable[..., Any],
+    q: Tensor,
+    kv: PagedKV,
+    batch: PrefillBatch,
+    table: BlockTable,
+    scale: float | None,
+    return_lse: bool,
+    out: Tensor | None,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`run` of the other arguments, or its launches of a call of the same kind once more."""
+    arguments = (q, kv, batch, table, scale, return_lse, out, backend)
+    kind = None if INTERPRETED else kind_of_attention(*arguments)
+    if kind is None:
+        return run(*arguments)
+    return _repeated(run, arguments, kind, q, kv, return_lse, out)
+
+
+def _repeated(
+    run: Callable[..., Any],
+    arguments: Sequence[Any],
+    kind: Kind,
+    q: Tensor,
+    kv: PagedKV,
+    return_lse: bool,
+    out: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `run` of the arguments, a step or `attend`, returns: it runs for the first of a kind, to be recorded."""
     kept = _recordings.get(kind.key)
     if kept is None:
         launches, result = _recorded(run, arguments)
