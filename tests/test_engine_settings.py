@@ -13,6 +13,7 @@ import torch
 from compactattn import Dense, FlashPrefill, KeyBounds, Oracle, XAttention
 from compactattn.integrations.engine_settings import (
     DENSE_KEYS,
+    DENSE_LAST_BLOCKS,
     OF_ALL_SELECTORS,
     OF_THE_MODEL,
     OF_THE_SELECTOR,
@@ -21,6 +22,7 @@ from compactattn.integrations.engine_settings import (
     check_dtypes,
     check_layer,
     layer_number,
+    own_object,
     page_sizes,
     parse_settings,
 )
@@ -32,10 +34,13 @@ def parse(**options: Any) -> EngineSettings:
     return parse_settings(options, "options")
 
 
+USUAL: dict[str, int] = {"dense_keys": DENSE_KEYS, "dense_last_blocks": DENSE_LAST_BLOCKS}
+
+
 def test_without_settings_every_layer_runs_flash_prefill_alone() -> None:
     settings = parse()
-    assert settings == EngineSettings(FlashPrefill(dense_keys=DENSE_KEYS), {}, 1, 1, 0, False)
-    assert settings.of_layer(0) == settings.of_layer(31) == FlashPrefill(dense_keys=DENSE_KEYS)
+    assert settings == EngineSettings(FlashPrefill(**USUAL), {}, 1, 1, 0, False)
+    assert settings.of_layer(0) == settings.of_layer(31) == FlashPrefill(**USUAL)
     assert settings.dense == Dense(dense_keys=DENSE_KEYS)
     assert (settings.dense_queries, settings.dense_keys) == (1, DENSE_KEYS)
 
@@ -45,10 +50,11 @@ def test_settings_reach_the_selector() -> None:
         alpha=0.12, sink_blocks=1, block_size=64, dense_keys=0, dense_queries=4, dense_layers=2, correction=True
     )
     assert settings.of_layer(1) == Dense(block_size=64, dense_queries=4)
-    assert settings.of_layer(2) == FlashPrefill(0.12, sink_blocks=1, block_size=64, dense_queries=4)
+    expected = FlashPrefill(0.12, sink_blocks=1, block_size=64, dense_queries=4, dense_last_blocks=DENSE_LAST_BLOCKS)
+    assert settings.of_layer(2) == expected
     assert settings.correction
     others = parse(selector="xattention", threshold=0.8, stride=8, heads_per_group=4, query_blocks_per_span=None)
-    assert others.of_layer(0) == XAttention(0.8, stride=8, dense_keys=DENSE_KEYS)
+    assert others.of_layer(0) == XAttention(0.8, stride=8, **USUAL)
     assert (others.heads_per_group, others.query_blocks_per_span) == (4, None)
     assert parse(selector="dense").of_layer(0) == Dense(dense_keys=DENSE_KEYS)
     assert parse(heads_per_group="auto", query_blocks_per_span="auto").heads_per_group == "auto"
@@ -130,8 +136,10 @@ def test_layers_of_a_file_may_end_chunks_dense_or_not(tmp_path: Path) -> None:
     assert not parse(settings=path).ends_dense
     assert parse(settings=path, dense_last_blocks=1).of_layer(6) == replace(BY_LAYER[6], dense_last_blocks=1)
     assert not parse(settings=saved(tmp_path, BY_LAYER | {5: ending}), dense_last_blocks=0).ends_dense
-    assert parse(dense_last_blocks=2).of_layer(3) == FlashPrefill(dense_keys=DENSE_KEYS, dense_last_blocks=2)
-    assert parse(dense_last_blocks=2).ends_dense
+    assert parse(dense_last_blocks=0).of_layer(3) == FlashPrefill(dense_keys=DENSE_KEYS)
+    assert parse().ends_dense
+    assert not parse(dense_last_blocks=0).ends_dense
+    assert not parse(selector="dense").ends_dense
     with pytest.raises(ValueError, match="dense_last_blocks: expected an int of at least 0, got -1"):
         parse(dense_last_blocks=-1)
 
@@ -185,12 +193,12 @@ def test_layers_that_cannot_share_a_plan_are_refused_by_name(
         ({"block_size": 100}, r"options: block_size: expected one of 64, 128, 256, got 100"),
         ({"dense_keys": -1}, r"dense_keys: expected an int of at least 0, got -1"),
         ({"dense_keys": 0.5}, r"dense_keys: expected an int of at least 0, got 0.5"),
-        ({"heads_per_group": "all"}, r"heads_per_group: expected 'auto' or an int of at least 1, got 'all'"),
+        ({"heads_per_group": "all"}, r"options: heads_per_group: expected 'auto' or an int of at least 1, got 'all'"),
         ({"heads_per_group": 0}, r"heads_per_group: expected an int of at least 1, got 0"),
         ({"heads_per_group": None}, r"heads_per_group: expected an int of at least 1, got None"),
         ({"query_blocks_per_span": "all"}, r"query_blocks_per_span: expected None, 'auto' or an int .*, got 'all'"),
-        ({"dense_layers": "2"}, r"dense_layers: expected an int of at least 0, got '2'"),
-        ({"correction": 1}, r"correction: expected true or false, got 1"),
+        ({"dense_layers": "2"}, r"options: dense_layers: expected an int of at least 0, got '2'"),
+        ({"correction": 1}, r"options: correction: expected true or false, got 1"),
         ({"layers": {"1": {}}}, r"options: expected settings among .*, got 'layers'"),
         ({"settings": 3}, r"options: settings: expected the path of a settings file, got 3"),
         ({"settings": None}, r"options: settings: expected the path of a settings file, got None"),
@@ -202,6 +210,36 @@ def test_layers_that_cannot_share_a_plan_are_refused_by_name(
 def test_refused_settings_are_named(options: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_settings(options, "options")
+
+
+def test_the_plugins_own_object_is_found_among_others() -> None:
+    assert own_object({"compactattn": {"alpha": 0.1}, "other": 1}, "compactattn", "where") == {"alpha": 0.1}
+    assert own_object({"other": {"alpha": 1}, "compute": 2}, "compactattn", "where") == {}
+    assert own_object({"alpha": 0.9}, "compactattn", "where", alone=False) == {}
+    with pytest.raises(
+        ValueError, match="where: expected the plugin's settings in an object 'compactattn', got 'compac"
+    ):
+        own_object({"compactatn": {"alpha": 7}}, "compactattn", "where", alone=False)
+    with pytest.raises(
+        ValueError, match="where: expected 'selector' in an object 'compactattn', got 'selector' beside"
+    ):
+        own_object({"selector": "nonsense"}, "compactattn", "where")
+
+
+def test_settings_that_leave_nothing_out_are_told_apart() -> None:
+    """Exactly where no request of a step can be longer than what always runs dense."""
+    assert parse().why_all_dense(chunk=8192, longest=4097) is None
+    assert parse(selector="dense").why_all_dense(chunk=1, longest=1) is None
+    found = parse().why_all_dense(chunk=8192, longest=4096)
+    assert found == "requests have at most 4096 tokens, and up to dense_keys 4096 they run dense"
+    ends = parse(dense_last_blocks=8, query_block=64)
+    assert ends.why_all_dense(chunk=513, longest=9999) is None
+    assert ends.why_all_dense(chunk=512, longest=9999) == (
+        "chunks have at most 512 tokens, and up to 512 they run dense by dense_last_blocks"
+    )
+    few = parse(dense_queries=32, dense_last_blocks=0)
+    assert few.why_all_dense(chunk=33, longest=9999) is None
+    assert few.why_all_dense(chunk=32, longest=9999).endswith("up to 32 they run dense by dense_queries")
 
 
 def test_refused_settings_files_are_named(tmp_path: Path) -> None:
@@ -273,6 +311,7 @@ def test_a_plain_layer_is_accepted() -> None:
         ({"head_size": 112}, "head size: expected one of 64, 80, 96, 128, 192, 256, got 112"),
         ({"cache_dtype": "fp8_e4m3"}, r"KV cache dtype: expected auto, float16 or bfloat16 \(.*\), got fp8_e4m3"),
         ({"heads": 34}, "query heads of a rank: expected a multiple of the 2 KV heads, at most 16 for each, got 34"),
+        ({"kv_heads": 0}, "query heads of a rank: expected a multiple of the 0 KV heads"),
         ({"heads": 7}, "query heads of a rank: expected a multiple of the 2 KV heads"),
         ({"settings": parse(heads_per_group=8)}, "heads_per_group: expected a divisor of the 4 query heads per KV"),
     ],

@@ -10,7 +10,8 @@ it, each layer has the selector of the file, as `compactattn.settings` reads it 
 that are not in the file are dense, the file's groups hold, and so does every field of its selectors, `dense_keys` too.
 What is said of the whole model beside it (`OF_THE_MODEL`) counts more than the file; a selector and its parameters
 beside it are refused, because the file has those for each layer. An engine's steps do not say where a prompt ends:
-`dense_last_blocks` holds for the end of each of a request's chunks, the last of which ends its prompt. Every error is a
+`dense_last_blocks` holds for the end of each of a request's chunks, the last of which ends its prompt. It is 2 without
+a settings file: a question at a prompt's end is what loses most where it does not read everything. Every error is a
 ValueError that names the setting, what was expected and what came.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -62,7 +64,8 @@ OF_THE_MODEL = (*OF_ALL_SELECTORS, "dense_layers", "heads_per_group", "query_blo
 SETTINGS = (*OF_THE_SELECTOR, *OF_THE_MODEL, "settings")
 #: fields of selectors that all layers share, so that one plan of a step serves them all
 SHARED = ("block_size", "query_block", *DENSE_REQUESTS)
-DENSE_KEYS = 4096  # a context of at most so many keys runs dense, unless the settings say otherwise
+#: unless the settings say otherwise: a context of at most so many keys runs dense, and so does the end of every chunk
+DENSE_KEYS, DENSE_LAST_BLOCKS = 4096, 2
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,22 @@ class EngineSettings:
         """A request with at most so many keys, this step's included, runs dense."""
         return self.others.dense_keys
 
+    def why_all_dense(self, *, chunk: int, longest: int) -> str | None:
+        """Why no step can leave anything out, though some layer selects; None if one can, or none selects.
+
+        Args:
+            chunk: queries of a request in a step, at most.
+            longest: keys of a request, at most.
+        """
+        if not self._selecting:
+            return None
+        if self.dense_keys >= longest:
+            return f"requests have at most {longest} tokens, and up to dense_keys {self.dense_keys} they run dense"
+        for name, end in (("dense_queries", self.dense_queries), ("dense_last_blocks", self.dense_end)):
+            if end >= chunk:
+                return f"chunks have at most {chunk} tokens, and up to {end} they run dense by {name}"
+        return None
+
     def check_model(self, *, num_layers: int, page_size: int) -> None:
         """Refuse layer numbers that the model does not have, and pages that are larger than a KV block."""
         for layer in self.layers:
@@ -138,6 +157,28 @@ def page_sizes(block_size: int) -> list[int]:
     return [size for size in (16, 32, 64, 128, 256) if size <= block_size]
 
 
+def own_object(given: Mapping[str, Any], key: str, where: str, *, alone: bool = True) -> object:
+    """The plugin's object among what an engine was given for all; an empty one where there is none.
+
+    Args:
+        given: by the names of whom it is for.
+        key: of the plugin's object.
+        where: what the user calls the whole, for errors.
+        alone: nobody else has settings by the names of `SETTINGS` in it.
+
+    Raises:
+        ValueError: no such object, but one with nearly its name, or the settings themselves.
+    """
+    if key in given:
+        return given[key]
+    for name in get_close_matches(key, map(str, given), n=1, cutoff=0.85):
+        raise fail(where, f"the plugin's settings in an object {key!r}", f"{name!r}")
+    for name in given if alone else ():
+        if name in SETTINGS:
+            raise fail(where, f"{name!r} in an object {key!r}", f"{name!r} beside it")
+    return {}
+
+
 def parse_settings(options: object, name: str) -> EngineSettings:
     """Read an engine's JSON object (`SETTINGS`).
 
@@ -156,18 +197,24 @@ def parse_settings(options: object, name: str) -> EngineSettings:
             raise fail(name, "settings among " + ", ".join(SETTINGS), repr(key))
     chosen = dict(options)
     settings = _of_file(chosen, name) if "settings" in chosen else _of_one_selector(chosen, name)
-    check_heads_per_group(settings.heads_per_group)
-    check_span(settings.query_blocks_per_span)
-    check_int("dense_layers", settings.dense_layers, 0)
-    if not isinstance(settings.correction, bool):
-        raise fail("correction", "true or false", repr(settings.correction))
+    try:
+        check_heads_per_group(settings.heads_per_group)
+        check_span(settings.query_blocks_per_span)
+        check_int("dense_layers", settings.dense_layers, 0)
+        if not isinstance(settings.correction, bool):
+            raise fail("correction", "true or false", repr(settings.correction))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     return settings
 
 
 def _of_one_selector(chosen: dict[str, Any], name: str) -> EngineSettings:
     """Every layer has the selector that the settings describe."""
     own = {key: chosen.pop(key) for key in (*OF_THE_SELECTOR, *OF_ALL_SELECTORS) if key in chosen}
-    return EngineSettings(_selector({"dense_keys": DENSE_KEYS, **own}, name), {}, **chosen)
+    usual = {"dense_keys": DENSE_KEYS}
+    if own.get("selector") != "dense":
+        usual["dense_last_blocks"] = DENSE_LAST_BLOCKS
+    return EngineSettings(_selector(usual | own, name), {}, **chosen)
 
 
 def _of_file(chosen: dict[str, Any], name: str) -> EngineSettings:
@@ -286,7 +333,7 @@ def check_layer(
         raise fail("head size", "one of " + ", ".join(map(str, HEAD_DIMS)), head_size)
     if cache_dtype not in ("auto", "float16", "bfloat16"):
         raise fail("KV cache dtype", "auto, float16 or bfloat16 (this plugin runs no quantised caches)", cache_dtype)
-    if heads % kv_heads or heads // kv_heads > MAX_HEADS_PER_KV_HEAD:
+    if kv_heads < 1 or heads % kv_heads or heads // kv_heads > MAX_HEADS_PER_KV_HEAD:
         expected = f"a multiple of the {kv_heads} KV heads, at most {MAX_HEADS_PER_KV_HEAD} for each"
         raise fail("query heads of a rank", expected, heads)
     check_heads_per_group(settings.heads_per_group, heads, heads // kv_heads)

@@ -40,6 +40,7 @@ from compactattn.integrations.engine_settings import (
     check_dtypes,
     check_layer,
     check_refused,
+    own_object,
     page_sizes,
     parse_settings,
 )
@@ -113,7 +114,7 @@ def settings_of(server_args: Any) -> EngineSettings:
         raise fail(where, "a JSON object", repr(server_args.json_model_override_args)) from error
     if not isinstance(overrides, Mapping):
         raise fail(where, f"a JSON object, in it an object {KEY!r}", type(overrides).__name__)
-    return parse_settings(overrides.get(KEY, {}), f"{where}: {KEY}")
+    return parse_settings(own_object(overrides, KEY, where, alone=False), f"{where}: {KEY}")
 
 
 def resolve_arguments(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -186,6 +187,10 @@ class CompactAttentionBackend(AttentionBackend):
             self._summaries[layer_id] = plan.new_summary(self._pages(layer_id)[0]) if decodes == NAME else None
         means = sum(summary.nbytes for summary in self._summaries.values() if summary is not None)
         logger.info("compactattn runs with %s; %.0f MiB of key means", self._settings, means / 2**20)
+        longest, chunk = self.req_to_token_pool.req_to_token.shape[1], model_runner.server_args.chunked_prefill_size
+        chunk = chunk if chunk is not None and chunk > 0 else longest
+        if (reason := self._settings.why_all_dense(chunk=chunk, longest=longest)) is not None:
+            logger.warning("compactattn leaves nothing out: %s", reason)
         self._reserve(self.req_to_token_pool.size)
 
     def _check_pool(self, model_runner: Any) -> int:

@@ -33,6 +33,7 @@ from compactattn.integrations.engine_settings import (
     check_dtypes,
     check_layer,
     layer_number,
+    own_object,
     page_sizes,
     parse_settings,
 )
@@ -89,7 +90,7 @@ def settings_of(config: VllmConfig) -> EngineSettings:
     additional = config.additional_config
     if not isinstance(additional, Mapping):
         raise fail("additional_config", f"a JSON object with an object {KEY!r}", type(additional).__name__)
-    return parse_settings(additional.get(KEY, {}), f"additional_config[{KEY!r}]")
+    return parse_settings(own_object(additional, KEY, "additional_config"), f"additional_config[{KEY!r}]")
 
 
 class CompactAttentionBackend(AttentionBackend):
@@ -123,6 +124,11 @@ class CompactAttentionBackend(AttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return list(HEAD_DIMS)
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        """Of the user's --block-size: one that vLLM need not split."""
+        return block_size is None or block_size in page_sizes(PREFERRED_BLOCK)
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -164,11 +170,15 @@ class CompactAttentionMetadataBuilder(AttentionMetadataBuilder[Step]):
         for layer in self._layers:
             if type(layer).__name__ != "Attention":
                 raise fail(f"layer {layer.layer_name}", "plain causal self-attention", type(layer).__name__)
+            layer.impl.check(layer)
         settings, model = settings_of(vllm_config), vllm_config.model_config
         self._num_layers = model.get_total_num_hidden_layers()
         settings.check_model(num_layers=self._num_layers, page_size=kv_cache_spec.block_size)
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self._settings = settings
+        chunk = vllm_config.scheduler_config.max_num_batched_tokens
+        if (reason := settings.why_all_dense(chunk=chunk, longest=model.max_model_len)) is not None:
+            logger.warning("compactattn leaves nothing out: %s", reason)
         self._planner = StepPlanner(
             settings,
             max_requests=max(vllm_config.scheduler_config.max_num_seqs, captured),
@@ -255,10 +265,15 @@ class CompactAttentionImpl(AttentionImpl[Step]):
     def is_bound(self, kv_cache: Tensor) -> bool:
         return kv_cache in self._summaries
 
-    def bind(self, layer: Any, settings: EngineSettings, num_layers: int) -> int:
-        """Make room for the key means of the layer's cache; returns their bytes. Layers of a draft model are dense."""
+    def check(self, layer: Any) -> None:
+        """Refuse a layer whose values, cache or name this plugin does not know, before there is a cache."""
         if layer.head_size_v != self.head_size:
             raise fail("head size of values", f"{self.head_size}, as that of keys", layer.head_size_v)
+        check_dtypes(layer.dtype, layer.kv_cache_torch_dtype)
+        layer_number(layer.layer_name)
+
+    def bind(self, layer: Any, settings: EngineSettings, num_layers: int) -> int:
+        """Make room for the key means of the layer's cache; returns their bytes. Layers of a draft model are dense."""
         check_dtypes(layer.dtype, layer.kv_cache.dtype)
         number = layer_number(layer.layer_name)
         drafts = layer.is_draft_layer or number >= num_layers

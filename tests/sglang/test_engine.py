@@ -26,7 +26,15 @@ from tests.speaking import WEIGHTS, spoken_by_transformers
 
 ROOT = Path(__file__).parents[2]
 CHUNK = 256
-FLASH = {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 1, "block_size": 64, "query_block": 64, "dense_keys": 128}
+FLASH = {
+    "alpha": 0.3,
+    "sink_blocks": 1,
+    "window_blocks": 1,
+    "block_size": 64,
+    "query_block": 64,
+    "dense_keys": 128,
+    "dense_last_blocks": 0,
+}
 TEXT = (ROOT / "compactattn" / "data.py").read_bytes()
 
 

@@ -63,8 +63,8 @@ def test_sglang_finds_the_plugin_by_itself_and_once() -> None:
 def test_the_command_line_takes_the_name_and_the_settings() -> None:
     server_args = arguments(options={"alpha": 0.25, "dense_layers": 2})
     settings = settings_of(server_args)
-    assert (settings.others, settings.dense_layers) == (FlashPrefill(0.25, dense_keys=4096), 2)
-    assert settings_of(arguments()).others == FlashPrefill(dense_keys=4096)
+    assert (settings.others, settings.dense_layers) == (FlashPrefill(0.25, dense_keys=4096, dense_last_blocks=2), 2)
+    assert settings_of(arguments()).others == FlashPrefill(dense_keys=4096, dense_last_blocks=2)
 
 
 @pytest.mark.parametrize("backend", ["--attention-backend", "--prefill-attention-backend"])

@@ -38,7 +38,15 @@ from tests.strategies import Step
 from tests.test_engine_steps import assert_corrected, assert_means, assert_tables_of_its_own
 
 LONGEST, POOL = 448, 1000
-FLASH = {"alpha": 0.4, "sink_blocks": 1, "window_blocks": 1, "block_size": 64, "query_block": 64, "dense_keys": 96}
+FLASH = {
+    "alpha": 0.4,
+    "sink_blocks": 1,
+    "window_blocks": 1,
+    "block_size": 64,
+    "query_block": 64,
+    "dense_keys": 96,
+    "dense_last_blocks": 0,
+}
 DENSE = {"selector": "dense", "block_size": 64, "query_block": 64}
 EVENTS = ("pages shared", "pages evicted and filled anew", "requests preempted", "pages filled by decoding")
 

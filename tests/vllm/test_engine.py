@@ -34,7 +34,15 @@ from compactattn.settings import Settings, load_settings
 from tests.speaking import WEIGHTS, spoken_by_transformers
 
 CHUNK = 256
-FLASH = {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 1, "block_size": 64, "query_block": 64, "dense_keys": 128}
+FLASH = {
+    "alpha": 0.3,
+    "sink_blocks": 1,
+    "window_blocks": 1,
+    "block_size": 64,
+    "query_block": 64,
+    "dense_keys": 128,
+    "dense_last_blocks": 0,
+}
 TEXT = (Path(__file__).parents[2] / "compactattn" / "data.py").read_bytes()
 
 

@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from compactattn import FlashPrefill
-from compactattn.integrations.vllm import CompactAttentionBackend, register
+from compactattn.integrations.vllm import CompactAttentionBackend, register, settings_of
 from compactattn.settings import Settings, save_settings
 
 PATH = "compactattn.integrations.vllm.CompactAttentionBackend"
@@ -113,6 +113,7 @@ def asked(**changes: Any) -> list[str]:
         ({"head_size": 112}, "head_size not supported (expected one of 64, 80, 96, 128, 192, 256, got 112)"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported (expected one of auto, float16, bfloat16, got fp8)"),
         ({"block_size": 8}, "block_size not supported (expected one of 16, 32, 64, 128, got 8)"),
+        ({"block_size": 256}, "block_size not supported (expected one of 16, 32, 64, 128, got 256)"),
         ({"has_sink": True}, "attention sinks not supported"),
         ({"has_sliding_window": True}, "sliding window not supported"),
         ({"use_mla": True}, "MLA not supported"),
@@ -212,17 +213,41 @@ def test_builders_refuse_blocks_that_vllm_splits_and_caches_of_another_dtype() -
         builder.build(0, metadata(scheduler.schedule(), causal=False))
 
 
-def test_values_of_another_size_than_keys_are_refused() -> None:
-    from tests.serving import Scheduler
-    from tests.vllm.layers import metadata
-
-    scheduler = Scheduler(0, pages=9, page_size=16, budget=20, max_requests=1, longest=1024)
-    scheduler.add([1] * 20, 1)
+def test_builders_refuse_values_of_another_size_names_and_caches_before_there_is_a_cache() -> None:
     config = make_config()
-    layer = make_layer(config, head_size_v=32)
-    layer.kv_cache = new_cache(8, 16, KVCacheLayout.LBNHC)
     with pytest.raises(ValueError, match=f"head size of values: expected {DIM}, as that of keys, got 32"):
-        make_builder(config, [layer], 16).build(0, metadata(scheduler.schedule()))
+        make_builder(config, [make_layer(config, head_size_v=32)], 16)
+    layer = make_layer(config)
+    layer.kv_cache_torch_dtype = torch.float16
+    with pytest.raises(ValueError, match=r"KV cache dtype: expected torch\.float32, as the model, got torch\.float16"):
+        make_builder(config, [layer], 16)
+    layer = make_layer(config)
+    config.compilation_config.static_forward_context["model.attn"] = layer
+    layer.layer_name = "model.attn"
+    with pytest.raises(ValueError, match="layer name: expected one with one number in it"):
+        make_builder(config, [layer], 16)
+
+
+def test_settings_beside_the_plugins_object_are_refused() -> None:
+    for given in ({"alpha": 0.9}, {"compactatn": {"alpha": 0.9}}):
+        with pytest.raises(ValueError, match=r"additional_config: expected .* in an object 'compactattn', got"):
+            settings_of(make_config(additional_config=given))
+    assert settings_of(make_config(additional_config={"others": {}})).others == FlashPrefill(
+        dense_keys=4096, dense_last_blocks=2
+    )
+
+
+@pytest.mark.parametrize(("dense_keys", "warns"), [(767, False), (768, True)])
+def test_settings_that_leave_nothing_out_are_told(
+    dense_keys: int, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compactattn.integrations import vllm as plugin
+
+    told: list[Any] = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda *words: told.append(words))
+    config = make_config({"dense_keys": dense_keys, "dense_last_blocks": 0})
+    make_builder(config, [make_layer(config)], 16)
+    assert [words[0] for words in told] == ["compactattn leaves nothing out: %s"] * warns
 
 
 def test_decode_steps_can_be_captured_and_come_first() -> None:
