@@ -61,7 +61,7 @@ class EngineCase:
 
     @property
     def selects(self) -> bool:
-        return self.settings is not None and self.settings["selector"] != "dense"
+        return self.settings is not None and self.settings.get("selector") != "dense"
 
     @property
     def shape(self) -> ModelShape:
@@ -149,37 +149,35 @@ def baseline(cases: Sequence[EngineCase]) -> EngineCase:
     return next(case for case in cases if case.kind == "answers")
 
 
-DENSE = {"selector": "dense"}
-FLASH = {"selector": "flashprefill", "alpha": 0.18}
-BOUNDS = {"selector": "keybounds", "threshold": 0.13}
+DENSE: dict[str, Any] = {"selector": "dense"}
+FLASH = {"selector": "flashprefill", "alpha": 0.18, "dense_last_blocks": 0}
+BOUNDS = {"selector": "keybounds", "threshold": 0.13, "dense_last_blocks": 0}
 DENSE_END = {"dense_last_blocks": 2}  # of every chunk
+#: in chunks of 1,024, where a dense end would be a quarter of all queries, and of 8,192, vLLM's own size
+SHORT, LONG = 1024, 8192
 CONTESTANTS: dict[str, dict[str, Any] | None] = {
     BASELINE: None, EXACT: DENSE, "flashprefill-0.18": FLASH, "keybounds-0.13": BOUNDS,
+}  # fmt: skip
+IN_LONG_CHUNKS: dict[str, dict[str, Any] | None] = {
+    BASELINE: None, EXACT: DENSE, "default": {}, "keybounds-0.13-dense-end": BOUNDS | DENSE_END,
 }  # fmt: skip
 
 
 def _h200_cases() -> tuple[EngineCase, ...]:
-    early = {"dense_keys": 1024}  # so that prompts of 2K have something to leave out
-    lengths = (2 * K, 4 * K, 8 * K, 16 * K)
-    asked = {"lengths": lengths, "tasks": tuple(TASKS), "items": 4, "shared": 6, "tokens": 48}
-    answers = [
-        EngineCase("answers", name, settings if settings in (None, DENSE) else settings | early, 1024, **asked)
-        for name, settings in CONTESTANTS.items()
-    ]
+    asked = {"lengths": (4 * K, 8 * K, 16 * K, 32 * K), "tasks": tuple(TASKS), "items": 4, "shared": 6, "tokens": 48}
     timed = {"tokens": 128, "requests": 4, "cache_bytes": 32 * GIB, "limit_seconds": 300}
-    ttft = [
-        EngineCase("ttft", name, settings, 1024, (8 * K, 32 * K, 64 * K, 128 * K), **timed)
-        for name, settings in CONTESTANTS.items()
+    lengths = (8 * K, 32 * K, 64 * K, 128 * K)
+    answers = [EngineCase("answers", name, settings, SHORT, **asked) for name, settings in CONTESTANTS.items()]
+    long_answers = [EngineCase("answers", name, settings, LONG, **asked) for name, settings in IN_LONG_CHUNKS.items()]
+    ttft = [EngineCase("ttft", name, settings, SHORT, lengths, **timed) for name, settings in CONTESTANTS.items()]
+    long_ttft = [
+        EngineCase("ttft", name, settings, LONG, lengths, **timed)
+        for name, settings in IN_LONG_CHUNKS.items()
+        if settings is not None  # its attention takes as long in chunks of any size
     ]
     captured = [replace(case, graphs=True) for case in answers]
     decoding = [replace(case, graphs=True, lengths=(8 * K,)) for case in ttft if not case.selects]
-    floor = replace(answers[0], chunk=2048)  # what bfloat16 alone does to the tokens, when sums are cut elsewhere
-    ends = [
-        replace(case, contestant=f"{case.contestant}-dense-end", settings={**(case.settings or {}), **DENSE_END})
-        for case in answers
-        if case.selects
-    ]
-    return (*answers, *ends, floor, *ttft, *captured, *decoding)
+    return (*answers, *long_answers, *ttft, *long_ttft, *decoding, *captured)
 
 
 def _cpu_cases() -> tuple[EngineCase, ...]:
@@ -187,7 +185,7 @@ def _cpu_cases() -> tuple[EngineCase, ...]:
     flash = FLASH | blocks
     small = {"dtype": "float32", "cache_bytes": GIB // 8, "requests": 4, "small": True, "limit_seconds": 200}
     asked = {"lengths": (512, 640), "tasks": ("niah_single", "frequent_words"), "items": 1, "shared": 3, "tokens": 12}
-    timed = {"lengths": (256, 512), "tokens": 3}
+    timed = {"lengths": (256, 512), "tokens": 12}
     return (
         EngineCase("answers", BASELINE, DENSE, 256, **asked, **small),
         EngineCase("answers", EXACT, DENSE, 128, **asked, **small),

@@ -11,6 +11,8 @@ from benchmarks.gate import Verdict
 
 Answer = dict[str, Any]
 
+EXCUSED = 0.05  # of the prompts may part at a near tie
+
 
 def near_tie_bound(dtype: str, largest_logit: float) -> float:
     """A gap between two logits below which rounding them to the dtype may turn their order: 2 · eps · largest logit.
@@ -35,7 +37,7 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 def difference(base: Answer, other: Answer, bound: float) -> dict[str, Any] | None:
     """Where two answers part: the place, both top-2 there, and whether it is a near tie; None if they do not.
 
-    A near tie: the same two tokens come first in both, and the gap between them is below `bound` in the baseline.
+    A near tie: the same two tokens come first in both, and the gap between them is below `bound` in both.
     """
     place = first_difference(base["tokens"], other["tokens"])
     if place is None:
@@ -43,8 +45,8 @@ def difference(base: Answer, other: Answer, bound: float) -> dict[str, Any] | No
     tops = [answer["top2"][place] if place < len(answer["top2"]) else None for answer in (base, other)]
     near = False
     if all(tops):
-        (a, gap_a, b, gap_b), theirs = tops[0], tops[1]
-        near = {a, b} == {theirs[0], theirs[2]} and gap_a - gap_b < bound
+        gaps = [first - second for _, first, _, second in tops]
+        near = {tops[0][0], tops[0][2]} == {tops[1][0], tops[1][2]} and max(gaps) < bound
     return {"place": place, "baseline": tops[0], "top2": tops[1], "near_tie": near}
 
 
@@ -61,6 +63,8 @@ def compared(base: Sequence[Answer], others: Sequence[Answer], bound: float) -> 
 
 
 def verdict(differences: Sequence[dict[str, Any] | None]) -> Verdict:
-    """Green if every prompt is equal or differs at a near tie."""
-    wrong = sum(one is not None and not one["near_tie"] for one in differences)
-    return Verdict(wrong == 0, float(wrong), len(differences), "prompts that part from the baseline at no near tie")
+    """Green if every prompt is equal or differs at a near tie, and one prompt or `EXCUSED` of them at most does."""
+    near, parted = (sum(one is not None and one["near_tie"] is kind for one in differences) for kind in (True, False))
+    wrong = parted + max(0, near - max(1, int(EXCUSED * len(differences))))
+    what = f"prompts that part from the baseline at no near tie, or beyond {EXCUSED:.0%} at one"
+    return Verdict(wrong == 0, float(wrong), len(differences), what)

@@ -32,7 +32,9 @@ from compactattn.integrations import engine_steps
 
 WANTED = (0.05, 0.2)  # density of a selection on random weights whose queries and keys are scaled
 SEARCH = (1.0, 1e8, 8)  # factors of queries and keys to look between, and how many are tried
-PLENTY = 3.0  # seconds: a prompt that takes longer is timed twice, not three times
+REPEATS, PLENTY = 3, 30.0  # times that a length is timed; no more of them once they took so many seconds together
+CHECKED = ((8192, 4), (32768, 2))  # prompts of the timed model whose tokens are kept: (length, how many)
+CHECKED_TOKENS = 8
 TAIL = 4000  # characters of a traceback
 
 Told = dict[str, Any]
@@ -201,9 +203,13 @@ def speak(engine: Engine, prompts: Sequence[Sequence[int]], shared: int) -> Told
     """Greedy tokens: of all prompts but the last `shared` in one batch; of those one after the other, the first alone
     and the rest behind what it left in the prefix cache; and again, each with nothing in the cache.
 
+    Of a selection the batch is asked once more, to count what it reads: counted steps are launched kernel by kernel,
+    others are replayed, and both should say the same.
+
     Returns:
         "answers": in that order {"asked", "question", "tokens", "top2", "cached"}, `top2` being at every place [token,
-        its log-probability, token, its log-probability]; "largest_logit"; "read": see `counted`.
+        its log-probability, token, its log-probability]; "largest_logit"; "read": see `counted`, with the number of
+        "prompts" and of "other" ones, which got other tokens.
     """
     scale = torch.zeros((), device=engine.device)
     engine.llm.apply_model(lambda model: _watch_logits(model, scale))
@@ -211,15 +217,23 @@ def speak(engine: Engine, prompts: Sequence[Sequence[int]], shared: int) -> Told
     rounds = [("mixed", list(range(first)))]
     rounds += [(asked, [n]) for asked in ("cached", "cold") for n in range(first, len(prompts))]
     answers = []
-    with counted(engine.device) as read:
-        for asked, chosen in rounds:
-            if asked != "cached" or chosen == [first]:
-                engine.llm.reset_prefix_cache()
-            batch = [prompts[n] for n in chosen]
-            outputs = engine.generate(batch, engine.case.tokens, stop_token_ids=[END], logprobs=2)
-            for n, output in zip(chosen, outputs, strict=True):
-                answers.append({"asked": asked, "question": n, **_spoken(output)})
-        return {"answers": answers, "largest_logit": float(scale), "read": read()}
+    for asked, chosen in rounds:
+        if asked != "cached" or chosen == [first]:
+            engine.llm.reset_prefix_cache()
+        outputs = _greedy(engine, [prompts[n] for n in chosen])
+        answers += [{"asked": asked, "question": n, **_spoken(one)} for n, one in zip(chosen, outputs, strict=True)]
+    told = {"answers": answers, "largest_logit": float(scale), "read": None}
+    if engine.case.selects:
+        engine.llm.reset_prefix_cache()
+        with counted(engine.device) as read:
+            again = [_spoken(output)["tokens"] for output in _greedy(engine, prompts[:first])]
+            other = sum(ours["tokens"] != tokens for ours, tokens in zip(answers, again, strict=False))
+            told["read"] = read() | {"prompts": first, "other": other}
+    return told
+
+
+def _greedy(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Any]:
+    return engine.generate(prompts, engine.case.tokens, stop_token_ids=[END], logprobs=2)
 
 
 def _watch_logits(model: torch.nn.Module, scale: torch.Tensor) -> None:
@@ -245,16 +259,20 @@ def _spoken(output: Any) -> Told:
 
 
 def time_prompts(engine: Engine) -> Told:
-    """Seconds to the first token of prompts of random tokens, other ones each time, and of a decode step.
+    """Seconds to the first token of prompts of random tokens, other ones each time, and of decode steps.
 
     A selection finds no pattern in random weights. It is timed on the two shortest lengths as it is, and on all with
     queries and keys scaled so that scores spread: by the factor that brings what is read nearest to `WANTED`. What was
     read is counted in further prompts, which nobody times.
+
+    Returns:
+        "checked": what the model as it is says to prompts that are the same in every engine; "decode"; "prompts"; of a
+        selection "tried", the factors and densities.
     """
     case, random = engine.case, RandomPrompts(engine.llm.llm_engine.model_config.get_vocab_size())
-    engine.generate([random.prompt(min(case.lengths))], 1)
-    engine.generate([random.prompt(min(case.lengths)) for _ in range(case.requests)], 4)
-    told: Told = {"decode": _decode(engine, random)}
+    for length in sorted(case.lengths)[:2]:
+        engine.generate([random.prompt(length)], 1)
+    told: Told = {"checked": _checked(engine, random), "decode": _decode(engine, random)}
     if not case.selects:
         return told | {"prompts": [_timed(engine, random, length, 1.0) for length in case.lengths]}
     told["prompts"] = [_timed(engine, random, length, 1.0) for length in sorted(case.lengths)[:2]]
@@ -263,20 +281,31 @@ def time_prompts(engine: Engine) -> Told:
     return told
 
 
+def _checked(engine: Engine, random: RandomPrompts) -> list[Told]:
+    """Tokens after prompts that depend on nothing but their length, one after the other."""
+    found = []
+    for length, count in CHECKED:
+        own = RandomPrompts(random.vocabulary, seed=length)
+        for _ in range(count if length in engine.case.lengths else 0):
+            (output,) = engine.generate([own.prompt(length)], CHECKED_TOKENS, logprobs=2)
+            found.append({"length": length, **_spoken(output)})
+    return found
+
+
 class RandomPrompts:
     """Prompts of random tokens, never the same twice, the same in every run."""
 
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary, self._numbers = vocabulary, np.random.default_rng(0)
+    def __init__(self, vocabulary: int, seed: int = 0) -> None:
+        self.vocabulary, self._numbers = vocabulary, np.random.default_rng(seed)
 
     def prompt(self, length: int) -> list[int]:
         return self._numbers.integers(0, self.vocabulary, length).tolist()
 
 
 def _timed(engine: Engine, random: RandomPrompts, length: int, factor: float) -> Told:
-    """Two or three times of one length after each other, and of a selection what it reads."""
-    seconds = [engine.seconds([random.prompt(length)], 1) for _ in range(2)]
-    if seconds[0] < PLENTY:
+    """Up to `REPEATS` times of one length after each other, and of a selection what it reads."""
+    seconds: list[float] = []
+    while len(seconds) < REPEATS and sum(seconds) < PLENTY:
         seconds.append(engine.seconds([random.prompt(length)], 1))
     read = _read(engine, random, length) if engine.case.selects else None
     return {"length": length, "factor": factor, "seconds": seconds, "read": read}
@@ -289,11 +318,29 @@ def _read(engine: Engine, random: RandomPrompts, length: int) -> Told:
 
 
 def _decode(engine: Engine, random: RandomPrompts) -> Told:
-    """All requests at once, each after a prompt of the shortest length: seconds with one token and with some more."""
+    """Seconds of the engine's steps in which every request gets one token, each after a prompt of the shortest length.
+
+    The first of them, which may still wait for the end of a prompt, is left out.
+    """
     case, context = engine.case, min(engine.case.lengths)
-    prompts = [random.prompt(context) for _ in range(case.requests)]
-    first, more = ([engine.seconds(prompts, 1 + steps) for _ in range(2)] for steps in (0, case.tokens))
-    return {"requests": case.requests, "context": context, "steps": case.tokens, "first": first, "more": more}
+    core, seconds = engine.llm.llm_engine, []
+    scheduler, step = core.engine_core.engine_core.scheduler, core.step
+
+    def timed() -> Any:
+        running = scheduler.running
+        decodes = [request.num_computed_tokens >= request.num_prompt_tokens for request in running]
+        started = time.perf_counter()
+        outputs = step()
+        if sum(decodes) == case.requests == len(running):
+            seconds.append(time.perf_counter() - started)
+        return outputs
+
+    core.step = timed
+    try:
+        engine.generate([random.prompt(context) for _ in range(case.requests)], case.tokens)
+    finally:
+        core.step = step
+    return {"requests": case.requests, "context": context, "steps_s": seconds[1:]}
 
 
 def _scaled_to_density(engine: Engine, random: RandomPrompts, length: int) -> tuple[list[Told], float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.figure import canvas, finish, lines
 from benchmarks.records import Record, of_kind, tokens
-from benchmarks.serving.findings import mean_score, prompt_name, share_read, tokens_are_right
+from benchmarks.serving.findings import mean_score, middle, prompt_name, share_read, tokens_are_right
 
 
 def draw(result: Record, path: Path) -> None:
@@ -31,7 +31,7 @@ def _times(panel: Any, result: Record) -> None:
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for record in of_kind(result, "ttft"):
         for prompt in record["prompts"]:
-            points[_short(prompt_name(record, prompt))].append((prompt["length"], min(prompt["seconds"])))
+            points[_short(prompt_name(record, prompt))].append((prompt["length"], middle(prompt)))
     lines(panel, points)
     if points:
         panel.set_xscale("log", base=2)

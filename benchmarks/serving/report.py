@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import rows_of
 from benchmarks.records import Record, check_timed, of_kind, read_kind, table, tokens
 from benchmarks.report import written
-from benchmarks.serving.cases import BASELINE, EXACT
+from benchmarks.serving.cases import BASELINE, EXACT, preset
 from benchmarks.serving.figure import draw
 from benchmarks.serving.findings import (
+    beside,
+    first_tokens,
     mean_score,
+    middle,
     prompt_name,
     share_read,
     step_ms,
@@ -40,10 +44,13 @@ def markdown(result: Record, pictures: Sequence[str] = ()) -> str:
     sections = (
         ("Greedy tokens beside the baseline's", answers_section),
         ("Where exact engines part", differences_section),
+        ("Accuracy by length", lengths_section),
         ("Accuracy by task", accuracy_section),
         ("Time to the first token", ttft_section),
+        ("What the timed engines say", checked_section),
         ("A decode step", decode_section),
         ("Engines", engines_section),
+        ("Engines of the preset that are not in this result", missing_section),
     )
     return written("vLLM's engine", result, sections, pictures)
 
@@ -62,13 +69,19 @@ def answers_section(result: Record) -> list[str]:
                 near,
                 sum(one is not None for one in differences) - near,
                 ("green" if all(gate) else "**red**") if gate else "-",
-                _percent(mean_score(record)),
                 _percent(share_read(record["read"])),
+                _again(record["read"]),
                 ", ".join(str(answer["cached"]) for answer in record["answers"] if answer["asked"] == "cached"),
             )
         )
     head = ("engine", "equal: one batch", "equal: prefix cached", "equal: prefix cold", "part at near ties")
-    more = ("part elsewhere", "gate", "accuracy", "past blocks read", "tokens found in the cache, by question")
+    more = (
+        "part elsewhere",
+        "gate",
+        "past blocks read",
+        "equal when counted",
+        "tokens found in the cache, by question",
+    )
     return table((*head, *more), rows)
 
 
@@ -81,6 +94,11 @@ def _equal(record: Record, asked: str) -> str:
 
 def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:.1%}"
+
+
+def _again(read: Record | None) -> str:
+    """Prompts with the same tokens when steps were counted, and so launched kernel by kernel, not replayed."""
+    return f"{read['prompts'] - read['other']} of {read['prompts']}" if read and "other" in read else "-"
 
 
 def differences_section(result: Record) -> list[str]:
@@ -108,16 +126,26 @@ def _best_two(top2: Sequence[float] | None) -> str:
     return f"{first}: {its:.4f}, {second}: {others:.4f}"
 
 
+def lengths_section(result: Record) -> list[str]:
+    """The share of the answers' words, by length of the prompt, of the prompts in one batch."""
+    return _scores(result, "length", tokens)
+
+
 def accuracy_section(result: Record) -> list[str]:
-    """The share of the answers' words, by task, of the prompts in one batch."""
+    """The same by task."""
+    return _scores(result, "task", str)
+
+
+def _scores(result: Record, by: str, name: Callable[[Any], str]) -> list[str]:
     records = of_kind(result, "answers")
-    found = {answer["task"]: None for record in records for answer in record["answers"] if answer["asked"] == "mixed"}
-    rows = [(record["name"], *(_percent(mean_score(record, task)) for task in sorted(found))) for record in records]
-    return table(("engine", *sorted(found)), rows)
+    asked = [answer[by] for record in records[:1] for answer in record["answers"] if answer["asked"] == "mixed"]
+    found = sorted(set(asked))
+    rows = [(record["name"], *(_percent(mean_score(record, **{by: one})) for one in found)) for record in records]
+    return table(("engine", *(f"{name(one)} ({asked.count(one)})" for one in found)), rows)
 
 
 def ttft_section(result: Record) -> list[str]:
-    """Fastest times by length; speedups only where the tokens of the plugin's dense engine were right."""
+    """Median times by length; speedups only where the tokens of the plugin's dense engine were right."""
     right = tokens_are_right(result)
     timed = [(record, prompt) for record in of_kind(result, "ttft") for prompt in record["prompts"]]
     rows = []
@@ -127,7 +155,7 @@ def ttft_section(result: Record) -> list[str]:
             (
                 tokens(prompt["length"]),
                 prompt_name(record, prompt),
-                min(prompt["seconds"]),
+                middle(prompt),
                 ", ".join(f"{one:.3f}" for one in prompt["seconds"]),
                 *(speedups if right else [math.nan] * 2),
                 _percent(share_read(prompt["read"])),
@@ -139,13 +167,28 @@ def ttft_section(result: Record) -> list[str]:
     return body if right or not body else [*body, "", said]
 
 
+def checked_section(result: Record) -> list[str]:
+    """First tokens of the timed model as it is, beside those of the baseline with the same chunks."""
+    rows = []
+    for record in of_kind(result, "ttft"):
+        base = beside(result, record, BASELINE)
+        found = None if base is None or base is record else first_tokens(base, record)
+        if found is not None:
+            prompts, same, largest = found
+            rows.append((record["name"], f"{same} of {prompts}", f"{largest:.3f}"))
+    return table(("engine", "equal first tokens", "largest difference of a log-probability among the best two"), rows)
+
+
 def decode_section(result: Record) -> list[str]:
     """Milliseconds of a step of all requests together."""
     rows = []
     for record in of_kind(result, "ttft"):
-        decode = record["decode"]
-        rows.append((record["name"], decode["requests"], tokens(decode["context"]), step_ms(record), decode["steps"]))
-    return table(("engine", "requests", "context of each", "ms per step", "steps"), rows)
+        decode, found = record["decode"], step_ms(record)
+        if found is not None:
+            spread = f"{found[1]:.2f}-{found[2]:.2f}"
+            about = (decode["requests"], tokens(decode["context"]))
+            rows.append((record["name"], *about, found[0], spread, len(decode["steps_s"])))
+    return table(("engine", "requests", "context of each", "ms per step, median", "p20-p80", "steps"), rows)
 
 
 def engines_section(result: Record) -> list[str]:
@@ -169,3 +212,9 @@ def engines_section(result: Record) -> list[str]:
     lines = [*tried, *(f"- without {modules}" for modules in sorted(missing) if modules)]
     head = ("engine", "attention", "settings", "cache block", "CUDA graphs", "model runner", "s in all")
     return [*table(head, rows), "", *lines] if lines else table(head, rows)
+
+
+def missing_section(result: Record) -> list[str]:
+    """What a whole run would have: engines that no record speaks of."""
+    known = {record["name"] for record in result["cases"]}
+    return [f"- {case.name}" for case in preset(result["preset"]).cases if case.name not in known]

@@ -20,10 +20,12 @@ def test_engines_answer_and_are_timed(
 ) -> None:
     use_cpu()
     monkeypatch.setattr(run, "check_corpus", lambda *_: None)  # another Python's library will do here
-    assert main(["serving", "--only", "answers-dense,ttft-flashprefill", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["serving", "--only", "answers-dense,answers-flashprefill,ttft-flashprefill", "--out", str(tmp_path)]) == 0
+    )
     path = tmp_path / "serving-cpu.json"
-    baseline, exact, timed = read_kind(path, "serving", 1)["cases"]
-    for record, chunk in ((baseline, 256), (exact, 128), (timed, 128)):
+    baseline, exact, sparse, timed = read_kind(path, "serving", 1)["cases"]
+    for record, chunk in ((baseline, 256), (exact, 128), (sparse, 128), (timed, 128)):
         assert record["engine"]["attention"] == ["CompactAttentionImpl"]
         assert record["engine"]["arguments"]["max_num_batched_tokens"] == chunk
     assert baseline["engine"]["arguments"]["model"] == str(WEIGHTS_DIRECTORY)
@@ -37,10 +39,14 @@ def test_engines_answer_and_are_timed(
     assert sum(needles) / len(needles) > 0.5, "the model finds most of them"
     assert 5 < baseline["largest_logit"] < 100
     assert all(len(answer["top2"]) == len(answer["tokens"]) for answer in baseline["answers"])
-    assert exact["read"] == {"read": 0, "visible": 0}
+    assert exact["read"] is None
+    assert 0 < sparse["read"]["read"] < sparse["read"]["visible"]
+    assert (sparse["read"]["prompts"], sparse["read"]["other"]) == (4, 0)
     assert [(prompt["length"], prompt["factor"] == 1) for prompt in timed["prompts"]] == [
         (256, True), (512, True), (256, False), (512, False),
     ]  # fmt: skip
+    assert 1 <= len(timed["decode"]["steps_s"]) <= 10
+    assert timed["checked"] == [], "no prompt is as long as those that are checked"
     for prompt in timed["prompts"]:
         assert min(prompt["seconds"]) > 0
         assert 0 < prompt["read"]["read"] <= prompt["read"]["visible"]
