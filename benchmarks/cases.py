@@ -83,6 +83,7 @@ KINDS = {
     "scaling": "selection and attention at a fixed number of kept blocks, as the context grows",
     "layouts": "page sizes, unaligned lengths, requests of very different length",
     "decode": "attend alone on decode and speculative rows, which read every block, against dense and the ceilings",
+    "features": "attend alone, plain and with soft-capping, a window, sinks and an FP8 cache",
     "host": "host time of a call in steady state and at new lengths, and what it allocates",
     "bounds": "one chunk selected by KeyBounds beside FlashPrefill: summaries, masks, tables, and the whole",
 }
@@ -183,6 +184,7 @@ def _h200_cases() -> tuple[Case, ...]:
     scaling = [Case("scaling", ONE, 8 * K << n, 1024) for n in range(8)]
     decode = [Case("decode", SERVED, 16 * K, count, "noise", groupings=(PAPER,)) for count in NEW_TOKENS]
     bounds = [Case("bounds", shape, 128 * K, 1024, peers=False) for shape in both]
+    features = [Case("features", shape, 128 * K, 1024, "noise", groupings=(FINEST,), peers=False) for shape in both]
     grid = [Case("step", shape, context, 1024) for context in reversed(CONTEXTS) for shape in both]
     chunks = [Case("step", shape, 128 * K, chunk) for chunk in CHUNKS for shape in both]
     spread = [
@@ -195,7 +197,7 @@ def _h200_cases() -> tuple[Case, ...]:
         Case("step", shape, context, chunk)
         for context, chunk, shape in itertools.product(reversed(CONTEXTS), CHUNKS, both)
     ]
-    ordered = [*goal, *tables, *itertools.chain(*prompts), *scaling, *hosts, *bounds, *layouts, *decode]
+    ordered = [*goal, *tables, *itertools.chain(*prompts), *scaling, *hosts, *bounds, *features, *layouts, *decode]
     cases = dict.fromkeys([*ordered, *spread, *grid, *chunks, *scattered, *rest])
     return tuple(replace(case, groupings=(*GROUPINGS, AUTO)) if _compares_auto(case) else case for case in cases)
 
@@ -215,6 +217,7 @@ def _cpu_cases() -> tuple[Case, ...]:
         *(replace(small, kind="scaling", context=context * K) for context in (4, 8, 16)),
         replace(small, kind="host"),
         replace(small, kind="bounds", peers=False),
+        replace(small, kind="features", workload="noise", groupings=(FINEST,), peers=False),
         replace(small, kind="layouts", shape=replace(SMALL, batch=2), context=4 * K),
         replace(small, kind="decode", shape=replace(SMALL, batch=2), context=4 * K, chunk=4, groupings=(PAPER,)),
         replace(small, context=16 * K),

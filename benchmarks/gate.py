@@ -45,6 +45,19 @@ class Verdict:
 
 
 @dataclass(frozen=True, eq=False)
+class Model:
+    """What a model adds to attention, as `attend` takes it."""
+
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True, eq=False)
 class Reference:
     """Float64 outputs of some rows, and how far a result may be from them.
 
@@ -89,11 +102,13 @@ def reference_rows(
     visible: VisibleTokens | None = None,
     scale: float | None = None,
     means: Means | None = None,
+    model: Model | None = None,
 ) -> Reference:
     """Float64 attention of the chosen rows over every causal token, or those of them that `visible` allows.
 
-    `means`: of blocks that stand in for their tokens, in addition.
+    `means`: of blocks that stand in for their tokens, in addition. `model`: the features of the model's attention.
     """
+    model = Model() if model is None else model
     heads, dim = q.shape[1:]
     kv_heads, group = kv.num_kv_heads, heads // kv.num_kv_heads
     scale = dim**-0.5 if scale is None else scale
@@ -102,7 +117,10 @@ def reference_rows(
     starts, seq_lens, past_lens = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist(), batch.past_lens.tolist()
     for b, seq_len in enumerate(seq_lens):
         position = rows[b] - starts[b] + past_lens[b]
-        hidden = torch.arange(seq_len, device=q.device) > position[:, None]
+        key = torch.arange(seq_len, device=q.device)
+        hidden = key > position[:, None]
+        if model.window is not None:
+            hidden |= key <= position[:, None] - model.window
         pages = kv.page_table[b, : -(-seq_len // kv.page_size)].long()
         for h in range(kv_heads):
             k, v = (cache[pages, :, h].flatten(0, 1)[:seq_len] for cache in (kv.k, kv.v))
@@ -121,21 +139,38 @@ def reference_rows(
                 unseen = torch.cat((unseen.expand(*without.shape[:-1], -1), without), -1)
                 k, v = torch.cat((k, mean_k)), torch.cat((v, mean_v))
             queries = q[rows[b], mine].transpose(0, 1)
-            truth = _softmax_attention(queries, k, v, unseen, scale, torch.float64, weight)
-            plain = _softmax_attention(queries, k, v, unseen, scale, q.dtype, weight).double()
+            sinks = None if model.sinks is None else model.sinks[mine]
+            how = (scale, weight, model.softcap, sinks)
+            truth = _softmax_attention(queries, k, v, unseen, torch.float64, *how)
+            plain = _softmax_attention(queries, k, v, unseen, q.dtype, *how).double()
             budget = 2 * (plain - truth).abs().amax((1, 2)) + torch.finfo(q.dtype).eps * truth.abs().amax((1, 2))
             exact[b, :, mine], allowed[b, mine] = truth.transpose(0, 1), budget
     return Reference(rows, exact, allowed)
 
 
 def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float, dtype: torch.dtype, weight: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    unseen: Tensor,
+    dtype: torch.dtype,
+    scale: float,
+    weight: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Plain attention in `dtype`: q [G, n, D], k and v [L, D], unseen broadcastable to [G, n, L], log weights [L]."""
+    """Plain attention in `dtype`: q [G, n, D], k and v [L, D], unseen broadcastable to [G, n, L], log weights [L], one
+    more logit for each of G heads."""
     scores = (q.to(dtype) @ k.to(dtype).T).mul_(scale)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     if weight is not None:
         scores += weight.to(dtype)
-    return scores.masked_fill_(unseen, -math.inf).softmax(-1) @ v.to(dtype)
+    scores.masked_fill_(unseen, -math.inf)
+    if sinks is None:
+        return scores.softmax(-1) @ v.to(dtype)
+    own = sinks.to(dtype)[:, None, None].expand(*scores.shape[:2], 1)
+    return torch.cat((scores, own), -1).softmax(-1)[..., :-1] @ v.to(dtype)
 
 
 def table_tokens(table: BlockTable, q: Tensor, kv: PagedKV, batch: PrefillBatch, rows: Tensor) -> VisibleTokens:

@@ -25,6 +25,7 @@ from benchmarks.arguments import check_counts
 from benchmarks.bounds import bounds_field
 from benchmarks.cases import Case, Preset, matching, preset
 from benchmarks.contestants import Field, decode_field, step_field, tables_field
+from benchmarks.features import features_field
 from benchmarks.host import measured_host
 from benchmarks.layouts import layouts_field
 from benchmarks.machine import LATENCY_SOURCES, ceilings, check_device, environment
@@ -245,6 +246,7 @@ def _prepared(case: Case, chosen: Preset, device: str) -> Field:
         capacity = max(capacity, chosen.capacity)
     step = _make(case, device, capacity)
     fields = {"tables": tables_field, "decode": decode_field, "bounds": bounds_field, "step": step_field}
+    fields["features"] = features_field
     return fields[case.kind](case, step)
 
 

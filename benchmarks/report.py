@@ -29,6 +29,7 @@ SECTIONS = (
     ("One chunk, whole steps", report_steps.steps_section),
     ("One chunk, stage by stage (milliseconds, graph replay)", report_steps.breakdown_section),
     ("KeyBounds beside FlashPrefill, one chunk", report_steps.bounds_section),
+    ("What features of a model cost", report_steps.features_section),
     ("Floors", report_floors.section),
     ("Scaling with the context", report_scaling.scaling_section),
     ("Page sizes, unaligned and mixed lengths", report_scaling.layouts_section),

@@ -108,6 +108,20 @@ def bounds_section(result: Record) -> list[str]:
     return table((*head, "select_table ms", "prefill ms", "prefill x"), rows)
 
 
+def features_section(result: Record) -> list[str]:
+    """`attend` with each feature, beside the plain call over the same table."""
+    rows = []
+    for record in of_kind(result, "features"):
+        for row in green_rows(record):
+            if row["family"] == "stage":
+                grouping, lengths, name = row["name"].split(", ", 2)
+                over = f"{grouping}, {lengths}"
+                plain = find(record, f"{over}, plain")
+                times = milliseconds(row), milliseconds(row) / milliseconds(plain)
+                rows.append((shape_name(record), over, name, *times))
+    return table(("shape", "over", "with", "ms", "x plain"), rows)
+
+
 def steps_section(result: Record) -> list[str]:
     rows = []
     for record in of_kind(result, "step"):

@@ -27,7 +27,7 @@ from benchmarks.cases import (
     table_mask,
 )
 from benchmarks.contestants import Contestant, Field, ceilings, step_field
-from benchmarks.measure import failed, measure
+from benchmarks.measure import failed, gated, measure
 from benchmarks.prompts import places
 from benchmarks.records import green_rows
 from benchmarks.timing import summarize_times
@@ -176,6 +176,37 @@ def test_gate_sees_a_correction_that_is_missing(step: Step) -> None:
     summary = summarize(step.kv, step.batch, block_size=SELECTOR.block_size, values=True)
     assert exact.check(attend(step.q, step.kv, step.batch, table, correction=summary)).passed
     assert not exact.check(attend(step.q, step.kv, step.batch, table)).passed
+
+
+FEATURES = [gate.Model(), gate.Model(softcap=2.0), gate.Model(window=200), gate.Model(sinks=torch.linspace(-2, 4, 4))]
+
+
+def test_gate_knows_what_models_add(step: Step) -> None:
+    """Each feature passes its own gate alone, and all together pass one."""
+    table, rows = finest(step), gate.sample_rows(step.batch)
+    given = (step.q, step.kv, step.batch)
+    tokens = gate.table_tokens(table, *given, rows)
+    together = gate.Model(2.0, 200, torch.linspace(-2, 4, 4))
+    outputs = [attend(*given, table, **model.arguments) for model in (*FEATURES, together)]
+    for n, model in enumerate((*FEATURES, together)):
+        exact = gate.reference_rows(*given, rows, tokens, model=model)
+        assert [exact.check(out).passed for out in outputs] == [m == n for m in range(len(outputs))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_feature_is_timed_behind_its_gate(dtype: str) -> None:
+    case = Case("features", Shape(1, 4, 1), 2048, 128, "noise", groupings=(FINEST,), peers=False, dtype=dtype)
+    lineup = latency._prepared(case, preset("cpu"), "cpu")
+    own = [one for one in lineup.contestants if one.family == "stage"]
+    verdicts = [gated(one) for one in own]
+    assert all(verdict.passed for verdict in verdicts), verdicts
+    assert len(own) == 2 * (5 if dtype == "float32" else 6)
+    assert len({one.name for one in own}) == len(own)
+    if dtype == "bfloat16":
+        fp8 = next(one for one in own if one.name.endswith("FP8 cache"))
+        plain = next(one for one in own if one.name.endswith("equal 0.1, plain"))
+        assert plain.bytes - fp8.bytes == (plain.bytes - 2 * 128 * 4 * 128 * 2) / 2, "half of K and V"
+        assert not fp8.check(plain.run()).passed
 
 
 def test_gate_compares_tables_and_masks_exactly(step: Step) -> None:
