@@ -14,7 +14,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed; tests/vllm/run instal
 
 from tests.vllm.layers import engine_arguments  # noqa: I001
 
+import json
 import random
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -79,6 +81,21 @@ def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any]) -> 
     with engine(options) as llm:
         spoken, _ = speak(llm, [ids], 24)
     assert spoken == [spoken_by_transformers(ids, 24, settings, CHUNK)]
+
+
+def test_two_ranks_speak_what_transformers_speaks(tmp_path: Path) -> None:
+    """Tensor parallelism, in worker processes that load the plugin by themselves: each has half of the heads."""
+    answer = tmp_path / "answer.json"
+    command = [sys.executable, "-m", "tests.vllm.two_ranks", str(answer)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert answer.exists(), done.stderr[-3000:]
+    told = json.loads(answer.read_text())
+    every_layer = dict.fromkeys(range(6), FlashPrefill(**FLASH))
+    sparse = Settings(selector=every_layer, heads_per_group=1, query_blocks_per_span=1)
+    prompts = [list(TEXT[:700]), list(TEXT[1000:1500])]
+    for name, settings in (("dense", None), ("flashprefill", sparse)):
+        assert told[name]["heads"] == [[["CompactAttentionImpl", 4, 1]]] * 2
+        assert told[name]["tokens"] == [spoken_by_transformers(ids, 24, settings, CHUNK) for ids in prompts]
 
 
 def test_the_engine_speaks_what_transformers_speaks_on_a_tuned_file(tmp_path: Path) -> None:
