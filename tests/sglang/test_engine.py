@@ -83,6 +83,16 @@ def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any], tmp
         assert spoken != spoken_by_transformers(ids, 24, None, CHUNK), "enough is left out to be heard"
 
 
+def test_two_ranks_speak_what_transformers_speaks(tmp_path: Path) -> None:
+    """Tensor parallelism, each rank in a process of its own with half of the heads."""
+    ids = list(TEXT[4000:4700])
+    every_layer = dict.fromkeys(range(6), FlashPrefill(**FLASH))
+    settings = Settings(selector=every_layer, heads_per_group=1, query_blocks_per_span=1)
+    job = {"engine": engine_arguments(FLASH, tp_size=2), "turns": [[ids]], "tokens": 24}
+    turns = speak(tmp_path, job, SGLANG_CPU_OMP_THREADS_BIND="0|0", HOST_IP="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    assert turns[0][0]["spoken"] == spoken_by_transformers(ids, 24, settings, CHUNK)
+
+
 @pytest.mark.parametrize("changes", [{}, {"decode_attention_backend": "torch_native"}], ids=["both", "another-decodes"])
 def test_requests_keep_what_they_get_alone_through_a_cache_that_is_too_small(
     changes: dict[str, Any], tmp_path: Path
