@@ -8,6 +8,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed; tests/vllm/run instal
 
 from pathlib import Path
 
+import vllm
+
 from benchmarks.__main__ import main
 from benchmarks.records import read_kind
 from benchmarks.serving import run
@@ -15,6 +17,9 @@ from benchmarks.testbed.model import WEIGHTS_DIRECTORY
 from tests.vllm.cpu import use_cpu
 
 
+@pytest.mark.skipif(
+    vllm.__version__.startswith("0.31."), reason="on the CPU it takes blocks of 128 tokens, whatever a backend prefers"
+)
 def test_engines_answer_and_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
