@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latency.add_argument("--out", type=directory_name, default=RESULTS, help="directory for latency-PRESET.json")
     latency.add_argument("--cases", help="comma-separated parts of case names, or shell patterns")
     latency.add_argument(
-        "--only", help="comma-separated kinds: step, tables, prompt, scaling, layouts, decode, host, bounds"
+        "--only", help="comma-separated kinds: step, tables, prompt, scaling, layouts, decode, host, bounds, features"
     )
     latency.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
     latency.add_argument("--budget-seconds", type=float, help="start no new case after so long")
@@ -59,9 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; what was measured is written, and --resume goes on", file=sys.stderr)
+        return 130
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:

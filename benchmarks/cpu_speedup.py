@@ -23,8 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.baselines import fused_cpu, merge_plain
 from benchmarks.cases import ONE, K, table_mask
+from benchmarks.files import write_json
 from benchmarks.gate import Verdict, reference_rows, sample_rows, table_tokens
-from benchmarks.latency import write_json
 from benchmarks.machine import environment
 from benchmarks.timing import Timing, summarize_times
 from benchmarks.workloads import SELECTOR, Step, Workload, make_step

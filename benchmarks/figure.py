@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import records
 from benchmarks.records import Record
 from benchmarks.report_steps import growth_rows
+from compactattn.files import replacing
 
 LEGEND_ROW = 0.17  # inches
 
@@ -55,7 +56,8 @@ def finish(figure: Any, panels: Any, result: Record, path: Path, *, one_legend: 
         _legend_below(figure, entries)
     where = records.environment_of(result)
     figure.suptitle(f"{where['gpu'] or 'CPU'}, torch {where['torch']}, compactattn {where['compactattn']}", fontsize=9)
-    figure.savefig(path, dpi=120, metadata={"Software": None})  # which is the version of matplotlib
+    with replacing(path) as file:  # the name of the software would be the version of matplotlib
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
     pyplot.close(figure)
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.latency import environment, write_json
+from benchmarks.files import write_json
+from benchmarks.latency import environment
 from benchmarks.timing import ColdCache, capture, interleaved_cuda
 from compactattn import BlockTable, PagedKV, PrefillBatch, attend
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from benchmarks.bounds import bounds_field
 from benchmarks.cases import Case, Preset, matching, preset
 from benchmarks.contestants import Field, decode_field, step_field, tables_field
 from benchmarks.features import features_field
+from benchmarks.files import claim, earlier, write_json
 from benchmarks.host import measured_host
 from benchmarks.layouts import layouts_field
 from benchmarks.machine import LATENCY_SOURCES, ceilings, check_device, environment
@@ -113,7 +112,6 @@ def _measured(options: Options, chosen: Preset, device: str, listed: Sequence[Ca
     """The result with all cases of the list, and where it is."""
     budget = chosen.budget_seconds if options.budget_seconds is None else options.budget_seconds
     started = time.perf_counter()
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"latency-{options.preset}.json"
     head = {"schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL, "notes": chosen.notes}
     result = opened(path, head, device, options.commit, resume=options.resume)
@@ -187,16 +185,17 @@ def opened(
         alike: what of `head` has to be the same in what is there.
 
     Raises:
-        ValueError: what is there comes from other sources, another card or other versions, is another kind of result,
-            or not alike.
+        ValueError: another process is writing the result, or what is there comes from other sources, another card or
+            other versions, is another kind of result, or not alike.
     """
+    claim(path, resume=resume)
     here = environment(device, commit, patterns)
     here |= {name: importlib.metadata.version(name) for name in packages}
     result: dict[str, Any] = {**head, "runs": [], "cases": []}
     if resume and path.exists():
-        before = json.loads(path.read_text())
+        before = earlier(path)
         same = all(before.get(name) == head.get(name) for name in ("kind", "schema"))
-        where = before["runs"][-1]["environment"] if same else {}
+        where = before["runs"][-1]["environment"] if same and before.get("runs") else {}
         asked = [(name, where.get(name), here[name]) for name in ("sources", "gpu", "torch", *packages)]
         for name, its, wanted in [*asked, *((name, before.get(name), head[name]) for name in alike)]:
             if its != wanted:
@@ -276,26 +275,3 @@ def _progress(record: dict[str, Any], elapsed: float) -> str:
         if not row["gate"]["passed"]:
             lines.append(f"           RED {row['name']}: {row['gate']}")
     return "\n".join(lines)
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write under another name and rename, so that nobody meets half a file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(_laid_out(result) + "\n")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _laid_out(value: object, depth: int = 0) -> str:
-    """JSON with one line per row of a case, and per row of a prompt's chunk."""
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    if not isinstance(value, dict | list | tuple) or not value or depth == 5 or (depth == 4 and "gate" in value):
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    deeper = " " * (depth + 1)
-    if isinstance(value, dict):
-        parts = [f"{deeper}{json.dumps(str(name))}: {_laid_out(one, depth + 1)}" for name, one in value.items()]
-    else:
-        parts = [f"{deeper}{_laid_out(one, depth + 1)}" for one in value]
-    return "\n".join((opening, ",\n".join(parts), f"{' ' * depth}{closing}"))

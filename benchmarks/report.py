@@ -16,6 +16,7 @@ from benchmarks import (
     report_steps,
     report_targets,
 )
+from benchmarks.files import write_text
 from benchmarks.measure import rows_of
 from benchmarks.records import Record, environment_of, kernels_of, load
 
@@ -50,7 +51,7 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     held = {suffix: module for suffix, module in FIGURES.items() if module.holds(result)}
     pictures = {out / f"{path.stem}{suffix}.png": module for suffix, module in held.items()}
     text = out / f"{path.stem}.md"
-    text.write_text(markdown(result, [picture.name for picture in pictures]), encoding="utf-8")
+    write_text(text, markdown(result, [picture.name for picture in pictures]))
     for picture, module in pictures.items():
         module.draw(result, picture)
     return text, *pictures

@@ -14,7 +14,6 @@ The JSON is rewritten after every (method, length); `--resume` goes on with the 
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -29,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import Row
-from benchmarks.latency import write_json
+from benchmarks.files import claim, earlier, write_json
 from benchmarks.machine import FIDELITY_SOURCES, environment
 from benchmarks.ruler_report import RULER_TASKS, table_lines
 from benchmarks.testbed.tokenizer import save_byte_tokenizer
@@ -163,11 +162,12 @@ def run(options: Options) -> int:
 def _opened(options: Options, alpha: float, chosen: dict[str, Row], methods: Methods, path: Path) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in ("model", "limit", "chunk", "chat_template", "dtype")}
     settings |= {"tasks": list(options.tasks or RULER_TASKS), "alpha": alpha}
+    claim(path, resume=options.resume)
     here = environment(options.device, options.commit, RULER_SOURCES)
     result: dict[str, Any] = {"kind": KIND, "schema": SCHEMA, "settings": settings, "environment": here}
     result |= {"absent": {}, "cells": []}
     if options.resume and path.exists():
-        before = json.loads(path.read_text())
+        before = earlier(path)
         for name, ours in (("settings", settings), ("kind", KIND), ("schema", SCHEMA)):
             if before.get(name) != ours:
                 raise ValueError(f"--resume: expected a result of {name} {ours}, got {path} of {before.get(name)}")
@@ -178,7 +178,6 @@ def _opened(options: Options, alpha: float, chosen: dict[str, Row], methods: Met
         result["cells"] = before["cells"]
         result["absent"] = {name: why for name, why in before["absent"].items() if name not in chosen}
     result["absent"] |= {row.name: why for row in chosen.values() if (why := methods.why_not(row)) is not None}
-    options.out.mkdir(parents=True, exist_ok=True)
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from benchmarks.files import write_text
 from benchmarks.published import PAPER_RULER
 from benchmarks.records import Record, check_fields, read_kind, table, tokens
 
@@ -45,9 +46,7 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     out = path.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     text = out / f"{path.stem}.md"
-    text.write_text(
-        "\n".join([f"# RULER, {result['settings']['model']}", "", *table_lines(result), ""]), encoding="utf-8"
-    )
+    write_text(text, "\n".join([f"# RULER, {result['settings']['model']}", "", *table_lines(result), ""]))
     return (text,)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.fidelity.findings import Record, load
 from benchmarks.fidelity.plans import Stage, definition_of
-from benchmarks.latency import write_json
+from benchmarks.files import write_json
 from benchmarks.records import check_fields
 
 PLACE = ("row", "context", "chunk", "first", "last")

@@ -32,6 +32,7 @@ from benchmarks.fidelity.findings import (
     settings_of,
 )
 from benchmarks.fidelity.plans import DENSE, NEEDLE_TASKS, QUOKA, TEXT
+from benchmarks.files import write_text
 from benchmarks.records import table, tokens
 from benchmarks.report_targets import Target
 from benchmarks.testbed.intervals import wilson
@@ -51,7 +52,7 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     held = {suffix: draw for suffix, draw in figure.FIGURES.items() if settings_of(result)}
     pictures = {out / f"{path.stem}{suffix}.png": draw for suffix, draw in held.items()}
     text = out / f"{path.stem}.md"
-    text.write_text(markdown(result, [picture.name for picture in pictures]), encoding="utf-8")
+    write_text(text, markdown(result, [picture.name for picture in pictures]))
     for picture, draw in pictures.items():
         draw(result, picture)
     return text, *pictures

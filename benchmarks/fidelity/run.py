@@ -53,7 +53,8 @@ from benchmarks.fidelity.plans import (
     shared,
 )
 from benchmarks.fidelity.probing import probe
-from benchmarks.latency import torch_threads, write_json
+from benchmarks.files import claim, earlier, write_json
+from benchmarks.latency import torch_threads
 from benchmarks.machine import FIDELITY_SOURCES, check_device, environment
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.intervals import METHODS as INTERVALS
@@ -189,6 +190,7 @@ def in_bfloat16(model: torch.nn.Module) -> None:
 
 def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSource, path: Path) -> dict[str, Any]:
     """The result to add to: a new one, or the one in `path` when resuming."""
+    claim(path, resume=options.resume)
     here = environment(chosen.device, options.commit, FIDELITY_SOURCES)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     current = {"started": started, "environment": here, "seconds": 0.0, "not_run": []}
@@ -196,7 +198,7 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
     result["model"] = _model_record(options.weights, methods)
     result |= {"corpus": _text_digest(source), "rows": {}, "hidden": {}, "absent": {}, "runs": [current], "cells": []}
     if options.resume and path.exists():
-        before = json.loads(path.read_text())
+        before = earlier(path)
         if before.get("kind") != KIND or before.get("schema") != SCHEMA:
             raise ValueError(f"--resume: expected a fidelity result of schema {SCHEMA}, got another in {path}")
         check_alike("--resume", result, before, path)
@@ -213,7 +215,6 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
         result["absent"].pop(row.name, None)
         if why is not None and row.name not in measured:
             result["absent"][row.name] = why
-    options.out.mkdir(parents=True, exist_ok=True)
     return result
 
 

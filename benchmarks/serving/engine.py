@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.baselines import reason
-from benchmarks.latency import write_json
+from benchmarks.files import write_json
 from benchmarks.serving.cases import BASELINE, PLUGIN, EngineCase, engine_arguments
 from benchmarks.testbed.tasks import END
 from benchmarks.ttft.models import ModelShape

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import write_text
 from benchmarks.measure import rows_of
 from benchmarks.records import Record, check_timed, of_kind, read_kind, table, tokens
 from benchmarks.report import written
@@ -34,7 +35,7 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     out = path.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     text, picture = out / f"{path.stem}.md", out / f"{path.stem}.png"
-    text.write_text(markdown(result, [picture.name]), encoding="utf-8")
+    write_text(text, markdown(result, [picture.name]))
     draw(result, picture)
     return text, picture
 

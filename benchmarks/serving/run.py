@@ -135,7 +135,6 @@ def run(options: Options) -> int:
     check_device(options.preset, plan.device)
     started = time.perf_counter()
     questions = questions_of(baseline(plan.cases), task_source(options))
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"serving-{options.preset}.json"
     notes = (*plan.notes, *([STAND_INS_NOTE] if options.stand_ins else []))
     head = {"kind": KIND, "schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL, "notes": notes}

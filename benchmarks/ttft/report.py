@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from benchmarks.files import write_text
 from benchmarks.published import PAPER_END_TO_END, PAPER_END_TO_END_SOURCE
 from benchmarks.records import Record, cell, check_timed, environment_of, of_kind, read_kind, table, tokens
 from benchmarks.report import written
@@ -21,7 +22,7 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     out.mkdir(parents=True, exist_ok=True)
     pictures = [out / f"{path.stem}.png"] if of_kind(result, "prompt") else []
     text = out / f"{path.stem}.md"
-    text.write_text(markdown(result, [picture.name for picture in pictures]), encoding="utf-8")
+    write_text(text, markdown(result, [picture.name for picture in pictures]))
     for picture in pictures:
         figure.draw(result, picture)
     return text, *pictures

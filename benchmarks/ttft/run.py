@@ -126,7 +126,6 @@ def run(options: Options) -> int:
     chosen, cases = planned(options)
     check_device(options.preset, chosen.device)
     started = time.perf_counter()
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"ttft-{options.preset}.json"
     head = {"kind": KIND, "schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL, "notes": chosen.notes}
     with torch_threads(options.threads if chosen.device == "cpu" else torch.get_num_threads()):

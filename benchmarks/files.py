@@ -1,0 +1,84 @@
+"""Results on disk: whole or not at all, of one run at a time, and never lost to the next one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from compactattn.files import replacing
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing notices two runs of one result
+    fcntl = None  # type: ignore[assignment]
+
+_claimed: dict[Path, IO[str]] = {}
+
+
+def claim(path: Path, *, resume: bool) -> None:
+    """Before a run: its directory is there and can be written to, and no other process writes the same result.
+
+    A result that is there and not to be resumed is kept beside it, as NAME.before.
+
+    Raises:
+        ValueError: another process is writing the result, or it is a directory.
+        OSError: a directory that cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"--out: expected a place for a file, got the directory {path}")
+    name = path.resolve()
+    if name not in _claimed:  # for as long as this process lives
+        lock = path.with_name(f".{path.name}.lock").open("w")
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise ValueError(f"--out: expected a result that no other run writes, got {path}") from error
+        _claimed[name] = lock
+    if path.exists() and not resume:
+        before = path.with_name(f"{path.name}.before")
+        os.replace(path, before)
+        print(f"{before}: the result that was there")
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """The result that a run goes on from.
+
+    Raises:
+        ValueError: no JSON object with runs.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--resume: expected a result in {path}, got no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--resume: expected a result in {path}, got {type(found).__name__}")
+    return found
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write under another name and rename, so that nobody meets half a file."""
+    write_text(path, _laid_out(result) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same of text."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def _laid_out(value: object, depth: int = 0) -> str:
+    """JSON with one line per row of a case, and per row of a prompt's chunk."""
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    if not isinstance(value, dict | list | tuple) or not value or depth == 5 or (depth == 4 and "gate" in value):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    deeper = " " * (depth + 1)
+    if isinstance(value, dict):
+        parts = [f"{deeper}{json.dumps(str(name))}: {_laid_out(one, depth + 1)}" for name, one in value.items()]
+    else:
+        parts = [f"{deeper}{_laid_out(one, depth + 1)}" for one in value]
+    return "\n".join((opening, ",\n".join(parts), f"{' ' * depth}{closing}"))
