@@ -282,10 +282,10 @@ def check_heads_per_group(heads_per_group: object, heads: int | None = None, per
         raise fail("heads_per_group", "'auto' or an int of at least 1", repr(heads_per_group))
     check_int("heads_per_group", heads_per_group, 1)
     assert isinstance(heads_per_group, int)
-    if heads is not None and heads % heads_per_group:
-        raise fail("heads_per_group", f"a divisor of the {heads} query heads", heads_per_group)
     if per_kv_head is not None and per_kv_head % heads_per_group:
         raise fail("heads_per_group", f"a divisor of the {per_kv_head} query heads per KV head", heads_per_group)
+    if heads is not None and heads % heads_per_group:
+        raise fail("heads_per_group", f"a divisor of the {heads} query heads", heads_per_group)
 
 
 def check_rows(name: str, table: GroupMask | BlockTable, q_heads: int, batch: PrefillBatch) -> None:

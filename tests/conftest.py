@@ -35,6 +35,15 @@ settings.register_profile("ci", max_examples=100, derandomize=True, deadline=Non
 settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("ci")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU, tests that need one are skipped when they are asked for."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 ON_CPU = [] if torch.cuda.is_available() else [INTERPRETER]
 LIBRARY = [pytest.param(b, id=b.name) for b in (NUMBA, *ON_CPU)]
 LIBRARY.append(pytest.param(GPU, id=GPU.name, marks=pytest.mark.gpu))

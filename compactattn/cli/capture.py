@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan from the configuration and the text, refuse what cannot be, then load the weights and record."""
     model = Path(arguments.model)
     check_file_target("--out", arguments.out, spared=[arguments.text, *(model.iterdir() if model.is_dir() else ())])
+    if not arguments.model or os.path.isfile(arguments.model):
+        raise UsageError(f"--model: expected a directory or a name, got {arguments.model!r}")
     limit = size("--max-size", arguments.max_size)
     text = _read(arguments.text)
     try:
