@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,31 +20,39 @@ _claimed: dict[Path, IO[str]] = {}
 
 
 def claim(path: Path, *, resume: bool) -> None:
-    """Before a run: its directory is there and can be written to, and no other process writes the same result.
+    """Before a run: its directory is there and can be written to, and no other process here writes the same result.
 
     A result that is there and not to be resumed is kept beside it, as NAME.before.
 
     Raises:
-        ValueError: another process is writing the result, or it is a directory.
-        OSError: a directory that cannot be written to.
+        ValueError: another process is writing the result, or it cannot be written.
+        OSError: a directory that cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise ValueError(f"--out: expected a place for a file, got the directory {path}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out: expected a directory that can be written to, got {path.parent}")
     name = path.resolve()
-    if name not in _claimed:  # for as long as this process lives
-        lock = path.with_name(f".{path.name}.lock").open("w")
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise ValueError(f"--out: expected a result that no other run writes, got {path}") from error
-        _claimed[name] = lock
+    if name not in _claimed:
+        _claimed[name] = _locked(path, name)
     if path.exists() and not resume:
         before = path.with_name(f"{path.name}.before")
         os.replace(path, before)
         print(f"{before}: the result that was there")
+
+
+def _locked(path: Path, name: Path) -> IO[str]:
+    """A lock for as long as this process lives, among temporary files: nothing lies beside results but results."""
+    digest = hashlib.sha256(f"{os.getuid() if fcntl else 0} {name}".encode()).hexdigest()[:16]
+    lock = Path(tempfile.gettempdir(), f"compactattn-{digest}.lock").open("w")  # noqa: SIM115 (it stays open)
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ValueError(f"--out: expected a result that no other run writes, got {path}") from error
+    return lock
 
 
 def earlier(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_two_runs_do_not_write_one_result(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "--out: expected a result that no other run writes, got " in done.stderr
     assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "latency-cpu.json").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["latency", "ttft", "fidelity"])
@@ -65,6 +66,12 @@ def test_what_is_no_result_is_not_resumed(
     assert main([command, "--out", str(tmp_path), "--resume"]) == 2
     assert f"--resume: expected a result in {path}, got " in capsys.readouterr().err
     assert path.read_text() == words
+
+
+def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="--out: expected a directory that can be written to, got "):
+        claim(tmp_path / "latency-cpu.json", resume=False)
 
 
 def test_an_interrupted_run_says_how_to_go_on(

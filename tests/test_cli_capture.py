@@ -359,7 +359,10 @@ TUNE_REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no coverage": (["--coverage", "high"], ("--coverage: expected a number above 0 and below 1, got 'high'",)),
     "chunk": (["--chunk", "0"], ("--chunk: expected an integer from 1",)),
     "long chunk": (["--chunk", "430"], ("error: CAPTURE: expected prompts in which the 1 sink and 1 window",)),
-    "heads": (["--heads-per-group", "3"], ("error: --heads-per-group: expected a divisor of the 4",)),
+    "heads": (
+        ["--heads-per-group", "3"],
+        ("error: --heads-per-group: expected a divisor of the 2 query heads per KV",),
+    ),
     "auto": (["--heads-per-group", "auto"], ("--heads-per-group: expected an integer from 1",)),
     "span": (["--query-blocks-per-span", "all"], ("--query-blocks-per-span: expected chunk, or an integer from 1",)),
     "block size": (["--block-size", "32"], ("--block-size: expected one of 64, 128, 256, got '32'",)),
