@@ -45,7 +45,9 @@ def test_a_preset_begins_with_its_baseline_and_has_an_exact_engine(name: str) ->
 
 def test_engines_get_the_settings_that_the_report_speaks_of() -> None:
     by_name = {case.name: case for case in preset("h200").cases}
-    eager = engine_arguments(by_name["answers-keybounds-0.13-q1024-eager"], "somewhere", stand_ins=False)
+    eager = engine_arguments(
+        by_name["answers-keybounds-0.13-q1024-eager"], "somewhere", positions=32768, stand_ins=False
+    )
     assert eager["additional_config"] == {
         "compactattn": {"selector": "keybounds", "threshold": 0.13, "dense_last_blocks": 0}
     }
@@ -54,8 +56,9 @@ def test_engines_get_the_settings_that_the_report_speaks_of() -> None:
         True,
         "auto",
     )
+    assert eager["max_model_len"] == 32768, "no more than the model has"
     assert (eager["enforce_eager"], eager["compilation_config"]) == (True, {"mode": 0, "cudagraph_mode": "NONE"})
-    graphs = engine_arguments(by_name["ttft-triton-q1024-graphs"], "somewhere", stand_ins=True)
+    graphs = engine_arguments(by_name["ttft-triton-q1024-graphs"], "somewhere", positions=1 << 20, stand_ins=True)
     assert (graphs["additional_config"], graphs["load_format"], graphs["enforce_eager"]) == ({}, "dummy", False)
     assert graphs["compilation_config"]["cudagraph_mode"] == "FULL_DECODE_ONLY"
     assert graphs["compilation_config"]["cudagraph_capture_sizes"] == [1, 2, 4]

@@ -86,8 +86,8 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
 
 
-def engine_arguments(case: EngineCase, model: Path | str, *, stand_ins: bool) -> dict[str, Any]:
-    """What `vllm.LLM` is given, all but the backend's name; nothing else is set."""
+def engine_arguments(case: EngineCase, model: Path | str, *, positions: int, stand_ins: bool) -> dict[str, Any]:
+    """What `vllm.LLM` is given, all but the backend's name; nothing else is set. `positions`: that the model has."""
     compilation: dict[str, Any] = {"mode": 0, "cudagraph_mode": "NONE"}  # nothing is compiled by torch
     if case.graphs:
         sizes = [size for size in CAPTURED if size <= case.requests]
@@ -97,7 +97,7 @@ def engine_arguments(case: EngineCase, model: Path | str, *, stand_ins: bool) ->
         "load_format": "dummy" if case.kind == "ttft" else "auto",
         "skip_tokenizer_init": True,
         "dtype": case.dtype,
-        "max_model_len": max(case.lengths) + 2 * case.tokens,
+        "max_model_len": min(max(case.lengths) + 2 * case.tokens, positions),
         "max_num_batched_tokens": case.chunk,
         "max_num_seqs": case.requests,
         "enable_prefix_caching": case.kind == "answers",

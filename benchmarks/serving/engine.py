@@ -130,7 +130,8 @@ class Engine:
         from vllm import LLM
 
         self.case, self.device = case, device
-        self.arguments = engine_arguments(case, model, stand_ins=stand_ins)
+        positions = json.loads(Path(model, "config.json").read_text())["max_position_embeddings"]
+        self.arguments = engine_arguments(case, model, positions=positions, stand_ins=stand_ins)
         self.backend = "TRITON_ATTN" if case.contestant == BASELINE else PLUGIN
         if device == "cpu":
             self.backend = "CPU_ATTN"
