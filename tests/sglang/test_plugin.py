@@ -215,7 +215,7 @@ def test_runners_that_cannot_run_are_refused(tmp_path: Path) -> None:
         new_backend(make_runner(is_draft_worker=True))
     with pytest.raises(ValueError, match=r"KV cache block size: expected one of 16, 32, 64, 128 .*, got 8"):
         new_backend(make_runner(pool=make_pool(8, 8)))
-    with pytest.raises(ValueError, match="heads_per_group: expected a divisor of the 8 query heads, got 3"):
+    with pytest.raises(ValueError, match="heads_per_group: expected a divisor of the 4 query heads per KV head, got 3"):
         new_backend(make_runner({"heads_per_group": 3}))
     with pytest.raises(ValueError, match=r"correction: expected false beside another decode backend \(triton\)"):
         new_backend(make_runner({"correction": True}, decode_attention_backend_str="triton"))

@@ -162,7 +162,7 @@ def test_layers_that_cannot_run_are_refused_when_they_are_made(changes: dict[str
     [
         ({"alhpa": 1}, r"additional_config\['compactattn'\]: expected settings among .*, got 'alhpa'"),
         ({"alpha": 2}, r"additional_config\['compactattn'\]: alpha: expected a number from 0 to 1, got 2"),
-        ({"heads_per_group": 3}, "heads_per_group: expected a divisor of the 8 query heads, got 3"),
+        ({"heads_per_group": 3}, "heads_per_group: expected a divisor of the 4 query heads per KV head, got 3"),
         ({"settings": "no/such"}, r"additional_config\['compactattn'\]: settings: no/such: expected a settings file"),
     ],
 )
