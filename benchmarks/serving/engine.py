@@ -130,6 +130,7 @@ class Engine:
         from vllm import LLM
 
         self.case, self.device = case, device
+        self.model = Path(model).name if case.kind == "answers" else "config.json alone"  # no path of this machine
         positions = json.loads(Path(model, "config.json").read_text())["max_position_embeddings"]
         self.arguments = engine_arguments(case, model, positions=positions, stand_ins=stand_ins)
         self.backend = "TRITON_ATTN" if case.contestant == BASELINE else PLUGIN
@@ -147,7 +148,7 @@ class Engine:
         layers = config.compilation_config.static_forward_context.values()
         return {
             "vllm": vllm.__version__,
-            "arguments": self.arguments | {"attention_backend": self.backend},
+            "arguments": self.arguments | {"attention_backend": self.backend, "model": self.model},
             "attention": sorted({type(layer.impl).__name__ for layer in layers}),
             "model_runner": type(core.model_executor.driver_worker.worker.model_runner).__module__,
             "block_size": config.cache_config.block_size,
