@@ -169,59 +169,24 @@ def _kind(
     return Kind(key, inputs, addresses)
 
 
-def prefill(
-    run: Callable[..., Any],
-    q: Tensor,
-    kv: PagedKV,
-    batch: PrefillBatch,
-    selector: Selector,
-    heads_per_group: int | Auto,
-    query_blocks_per_span: int | Auto | None,
-    scale: float | None,
-    summary: KVSummary | None,
-    correction: bool | KVSummary,
-    return_lse: bool,
-    out: Tensor | None,
-    backend: str | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`run` of the other arguments, or its launches of a step of the same kind once more."""
-    grouping = (heads_per_group, query_blocks_per_span)
-    arguments = (q, kv, batch, selector, *grouping, scale, summary, correction, return_lse, out, backend)
-    kind = None if INTERPRETED else kind_of_step(*arguments)
-    if kind is None:
-        return run(*arguments)
-    return _repeated(run, arguments, kind, q, kv, return_lse, out)
+def prefill(run: Callable[..., Any], *step: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """`run` of a step, given as to `kind_of_step`, or its launches of a step of the same kind once more."""
+    return _repeated(run, step, kind_of_step)
 
 
-def attend(
-    run: Callable[..., Any],
-    q: Tensor,
-    kv: PagedKV,
-    batch: PrefillBatch,
-    table: BlockTable,
-    scale: float | None,
-    return_lse: bool,
-    out: Tensor | None,
-    backend: str | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`run` of the other arguments, or its launches of a call of the same kind once more."""
-    arguments = (q, kv, batch, table, scale, return_lse, out, backend)
-    kind = None if INTERPRETED else kind_of_attention(*arguments)
-    if kind is None:
-        return run(*arguments)
-    return _repeated(run, arguments, kind, q, kv, return_lse, out)
+def attend(run: Callable[..., Any], *call: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """The same of a call of `attend`, given as to `kind_of_attention`."""
+    return _repeated(run, call, kind_of_attention)
 
 
 def _repeated(
-    run: Callable[..., Any],
-    arguments: Sequence[Any],
-    kind: Kind,
-    q: Tensor,
-    kv: PagedKV,
-    return_lse: bool,
-    out: Tensor | None,
+    run: Callable[..., Any], arguments: Sequence[Any], kind_of: Callable[..., Kind | None]
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What `run` of the arguments, a step or `attend`, returns: it runs for the first of a kind, to be recorded."""
+    """`run` of arguments that begin with q and kv and end with `return_lse`, `out` and the backend, or its launches."""
+    kind = None if INTERPRETED else kind_of(*arguments)
+    if kind is None:
+        return run(*arguments)
+    q, kv, return_lse, out = arguments[0], arguments[1], arguments[-3], arguments[-2]
     kept = _recordings.get(kind.key)
     if kept is None:
         launches, result = _recorded(run, arguments)
