@@ -22,6 +22,16 @@ from tests.strategies import Geometry, Step, ceil_div
 TOPIC = 64  # tokens whose keys share a direction, and whose queries do
 ODD = 0x9E3779B97F4A7C15
 WORD = (1 << 64) - 1
+#: settings of a plugin that leaves something out of such steps
+FLASH = {
+    "alpha": 0.4,
+    "sink_blocks": 1,
+    "window_blocks": 1,
+    "block_size": 64,
+    "query_block": 64,
+    "dense_keys": 96,
+    "dense_last_blocks": 0,
+}
 
 
 @dataclass

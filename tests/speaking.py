@@ -6,10 +6,23 @@ from pathlib import Path
 
 import torch
 
+from compactattn import FlashPrefill
 from compactattn.integrations.transformers import enable
 from compactattn.settings import Settings
 
 WEIGHTS = Path(__file__).parents[1] / "benchmarks" / "testbed" / "weights"  # 6 layers, 8 heads over 2, D = 64
+#: settings of an engine's plugin under which the model says something else than with everything read
+FLASH = {
+    "alpha": 0.3,
+    "sink_blocks": 1,
+    "window_blocks": 1,
+    "block_size": 64,
+    "query_block": 64,
+    "dense_keys": 128,
+    "dense_last_blocks": 0,
+}
+#: the same for transformers
+SPARSE = Settings(selector=dict.fromkeys(range(6), FlashPrefill(**FLASH)), heads_per_group=1, query_blocks_per_span=1)
 
 
 def spoken_by_transformers(ids: list[int], tokens: int, settings: Settings | None, chunk: int) -> list[int]:

@@ -223,6 +223,11 @@ def shutil_usage(free: int) -> SimpleNamespace:
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no such model": (["--model", "/no/such/directory"], ("--model: expected a model of transformers",)),
     "no model in it": (["--model", "{folder}"], ("--model: expected a model of transformers",)),
+    "a file for a model": (
+        ["--model", "{folder}/Llama/config.json"],
+        ("--model: expected a directory or a name, got",),
+    ),
+    "no name": (["--model", ""], ("--model: expected a directory or a name, got ''",)),
     "no text": (["--text", "/no/such/file"], ("--text: expected a file that can be read", "No such file")),
     "text of other bytes": (["--text", "{folder}/latin"], ("--text: expected UTF-8",)),
     "empty text": (["--text", "{folder}/empty"], ("--text: expected at least one byte, got none",)),

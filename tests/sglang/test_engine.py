@@ -20,21 +20,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from compactattn import FlashPrefill
-from compactattn.settings import Settings
-from tests.speaking import WEIGHTS, spoken_by_transformers
+from tests.speaking import FLASH, SPARSE, WEIGHTS, spoken_by_transformers
 
 ROOT = Path(__file__).parents[2]
 CHUNK = 256
-FLASH = {
-    "alpha": 0.3,
-    "sink_blocks": 1,
-    "window_blocks": 1,
-    "block_size": 64,
-    "query_block": 64,
-    "dense_keys": 128,
-    "dense_last_blocks": 0,
-}
 TEXT = (ROOT / "compactattn" / "data.py").read_bytes()
 
 
@@ -74,8 +63,7 @@ def speak(tmp_path: Path, job: dict[str, Any], **environment: str) -> list[list[
 @pytest.mark.parametrize("options", [{"selector": "dense"}, FLASH], ids=["dense", "flashprefill"])
 def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any], tmp_path: Path) -> None:
     ids = list(TEXT[4000:4700])  # a stretch whose next words FlashPrefill changes
-    every_layer = dict.fromkeys(range(6), FlashPrefill(**FLASH))
-    settings = Settings(selector=every_layer, heads_per_group=1, query_blocks_per_span=1) if options == FLASH else None
+    settings = SPARSE if options == FLASH else None
     turns = speak(tmp_path, {"engine": engine_arguments(options), "turns": [[ids]], "tokens": 24})
     spoken = turns[0][0]["spoken"]
     assert spoken == spoken_by_transformers(ids, 24, settings, CHUNK)
@@ -86,11 +74,9 @@ def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any], tmp
 def test_two_ranks_speak_what_transformers_speaks(tmp_path: Path) -> None:
     """Tensor parallelism, each rank in a process of its own with half of the heads."""
     ids = list(TEXT[4000:4700])
-    every_layer = dict.fromkeys(range(6), FlashPrefill(**FLASH))
-    settings = Settings(selector=every_layer, heads_per_group=1, query_blocks_per_span=1)
     job = {"engine": engine_arguments(FLASH, tp_size=2), "turns": [[ids]], "tokens": 24}
     turns = speak(tmp_path, job, SGLANG_CPU_OMP_THREADS_BIND="0|0", HOST_IP="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    assert turns[0][0]["spoken"] == spoken_by_transformers(ids, 24, settings, CHUNK)
+    assert turns[0][0]["spoken"] == spoken_by_transformers(ids, 24, SPARSE, CHUNK)
 
 
 @pytest.mark.parametrize("changes", [{}, {"decode_attention_backend": "torch_native"}], ids=["both", "another-decodes"])

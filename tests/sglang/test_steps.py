@@ -33,20 +33,11 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 
 from compactattn import Dense, FlashPrefill, KVSummary, XAttention
 from compactattn.settings import Settings, load_settings, save_settings
-from tests.serving import Batch, Scheduler, make_step, random_requests
+from tests.serving import FLASH, Batch, Scheduler, make_step, random_requests
 from tests.strategies import Step
 from tests.test_engine_steps import assert_corrected, assert_means, assert_tables_of_its_own
 
 LONGEST, POOL = 448, 1000
-FLASH = {
-    "alpha": 0.4,
-    "sink_blocks": 1,
-    "window_blocks": 1,
-    "block_size": 64,
-    "query_block": 64,
-    "dense_keys": 96,
-    "dense_last_blocks": 0,
-}
 DENSE = {"selector": "dense", "block_size": 64, "query_block": 64}
 EVENTS = ("pages shared", "pages evicted and filled anew", "requests preempted", "pages filled by decoding")
 

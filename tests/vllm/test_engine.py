@@ -30,21 +30,12 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from compactattn import FlashPrefill, PagedKV, PrefillBatch, cli, prefill
+from compactattn import PagedKV, PrefillBatch, cli, prefill
 from compactattn.integrations.engine_steps import LayerPlan
-from compactattn.settings import Settings, load_settings
-from tests.speaking import WEIGHTS, spoken_by_transformers
+from compactattn.settings import load_settings
+from tests.speaking import FLASH, SPARSE, WEIGHTS, spoken_by_transformers
 
 CHUNK = 256
-FLASH = {
-    "alpha": 0.3,
-    "sink_blocks": 1,
-    "window_blocks": 1,
-    "block_size": 64,
-    "query_block": 64,
-    "dense_keys": 128,
-    "dense_last_blocks": 0,
-}
 TEXT = (Path(__file__).parents[2] / "compactattn" / "data.py").read_bytes()
 
 
@@ -76,8 +67,7 @@ def speak(llm: LLM, prompts: list[list[int]], tokens: int) -> tuple[list[list[in
 @pytest.mark.parametrize("options", [{"selector": "dense"}, FLASH], ids=["dense", "flashprefill"])
 def test_the_engine_speaks_what_transformers_speaks(options: dict[str, Any]) -> None:
     ids = list(TEXT[:700])
-    every_layer = dict.fromkeys(range(6), FlashPrefill(**FLASH))
-    settings = Settings(selector=every_layer, heads_per_group=1, query_blocks_per_span=1) if options == FLASH else None
+    settings = SPARSE if options == FLASH else None
     with engine(options) as llm:
         spoken, _ = speak(llm, [ids], 24)
     assert spoken == [spoken_by_transformers(ids, 24, settings, CHUNK)]
@@ -90,10 +80,8 @@ def test_two_ranks_speak_what_transformers_speaks(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert answer.exists(), done.stderr[-3000:]
     told = json.loads(answer.read_text())
-    every_layer = dict.fromkeys(range(6), FlashPrefill(**FLASH))
-    sparse = Settings(selector=every_layer, heads_per_group=1, query_blocks_per_span=1)
     prompts = [list(TEXT[:700]), list(TEXT[1000:1500])]
-    for name, settings in (("dense", None), ("flashprefill", sparse)):
+    for name, settings in (("dense", None), ("flashprefill", SPARSE)):
         assert told[name]["heads"] == [[["CompactAttentionImpl", 4, 1]]] * 2
         assert told[name]["tokens"] == [spoken_by_transformers(ids, 24, settings, CHUNK) for ids in prompts]
 

@@ -21,19 +21,10 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from compactattn import Dense, FlashPrefill, XAttention
 from compactattn.integrations.vllm import settings_of
 from compactattn.settings import Settings, load_settings, save_settings
-from tests.serving import Batch, Scheduler, make_step, random_requests
+from tests.serving import FLASH, Batch, Scheduler, make_step, random_requests
 from tests.test_engine_steps import assert_tables_of_its_own
 
 LONGEST, POOL = 448, 1000
-FLASH = {
-    "alpha": 0.4,
-    "sink_blocks": 1,
-    "window_blocks": 1,
-    "block_size": 64,
-    "query_block": 64,
-    "dense_keys": 96,
-    "dense_last_blocks": 0,
-}
 
 
 def run_layer(layer: Attention, batch: Batch, keys: list[Tensor], values: list[Tensor], q: Tensor, step: Any) -> Tensor:

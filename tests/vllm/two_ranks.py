@@ -34,7 +34,8 @@ def heads(model: Any) -> list[tuple[str, int, int]]:
 
 def main(answer: Path) -> None:
     """Write {"tokens": of each prompt and set of options, "heads": of each rank}."""
-    from tests.vllm.test_engine import FLASH, TEXT, engine, speak
+    from tests.speaking import FLASH
+    from tests.vllm.test_engine import TEXT, engine, speak
 
     prompts, told = [list(TEXT[:700]), list(TEXT[1000:1500])], {}
     for name, options in (("dense", {"selector": "dense"}), ("flashprefill", FLASH)):
