@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 
 from benchmarks.__main__ import main
 from benchmarks.records import read_kind
-from benchmarks.serving import report, run
+from benchmarks.serving import figure, report, run
 from benchmarks.serving.cases import BASELINE, baseline, chosen_cases, engine_arguments, preset
 from benchmarks.serving.compare import compared, difference, first_difference, near_tie_bound, verdict
 from benchmarks.serving.engine import RandomPrompts, distance_to_wanted
+from benchmarks.serving.findings import in_order, middle
 from benchmarks.serving.questions import questions_of
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.tasks import ANSWER, END, TaskSource
@@ -304,6 +306,51 @@ def test_equal_tokens_become_a_green_report(
     assert "queries and keys x 10: 10.0% read" in words
     assert "- without _C\n" in words
     assert "Where exact engines part" not in words
+
+
+def test_a_report_keeps_the_order_of_the_preset(engines: Engines, tmp_path: Path) -> None:
+    engines.fails = {"answers-dense": "no memory"}
+    run.run(run.Options("cpu", tmp_path))
+    engines.fails = {}
+    assert run.run(run.Options("cpu", tmp_path, resume=True)) == 0
+    result = read_kind(tmp_path / "serving-cpu.json", "serving", 1)
+    names = [case.name for case in preset("cpu").cases]
+    assert [record["name"] for record in result["cases"]] == [*names[:1], *names[2:], names[1]]
+    assert [record["name"] for record in in_order(result)] == names
+    words = report.markdown(result)
+    places = [words.index(f"| {name} |") for name in names]
+    assert places[:3] == sorted(places[:3])
+
+
+def test_the_figure_tells_contestants_and_chunks_apart(engines: Engines, tmp_path: Path) -> None:
+    run.run(run.Options("cpu", tmp_path))
+    result = read_kind(tmp_path / "serving-cpu.json", "serving", 1)
+    timed = [record for record in result["cases"] if record["case"]["kind"] == "ttft"]
+    captured = copy.deepcopy(timed[0])
+    captured["case"]["graphs"] = True
+    scaled = [{**prompt, "factor": 10.0, "seconds": [7.0]} for prompt in timed[1]["prompts"]]
+    timed[1]["prompts"] += scaled
+    result["cases"].append(captured)
+    shown = figure.times_shown(result)
+    assert [record["name"] for record, _ in shown] == [record["name"] for record in timed], "none with graphs"
+    assert shown[0][1] == [(n, middle({"seconds": [n / 1e3, 1.0]})) for n in (256, 512)]
+    assert shown[1][1] == [(256, 7.0), (512, 7.0)], "of the scaled model alone"
+    looks = figure.Looks(result)
+    ours = [looks.of(record) for record in result["cases"]]
+    assert len({(look["color"], look["linestyle"]) for look in ours}) == len({look["label"] for look in ours})
+    assert [look["linestyle"] for look in ours[:2]] == ["-", "--"], "chunks of 256 and of 128"
+    legends: list[list[str]] = []
+    drawn = figure.finish
+
+    def finish(picture: Any, panels: Any, *more: Any) -> None:
+        drawn(picture, panels, *more)
+        legends.extend([text.get_text() for text in panel.get_legend().get_texts()] for panel in panels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "finish", finish)
+        figure.draw(result, tmp_path / "drawn.png")
+    assert legends[0] == ["triton, chunks of 128", "flashprefill-0.18, chunks of 128"]
+    assert legends[1] == ["triton, chunks of 256", "dense, chunks of 128", "flashprefill-0.18, chunks of 128"]
 
 
 def test_other_tokens_of_the_exact_engine_are_red_and_no_speedup_is_told(engines: Engines, tmp_path: Path) -> None:

@@ -9,7 +9,17 @@ import numpy as np
 
 from benchmarks.measure import rows_of
 from benchmarks.records import Record, of_kind
-from benchmarks.serving.cases import BASELINE, EXACT
+from benchmarks.serving.cases import BASELINE, EXACT, preset
+
+
+def in_order(result: Record, kind: str | None = None) -> list[Record]:
+    """The records in the order of the preset, unknown ones last; of a kind, if given, those that are ok.
+
+    A run that was resumed has measured what failed before, and so behind what followed it.
+    """
+    places = {case.name: n for n, case in enumerate(preset(result["preset"]).cases)}
+    records = result["cases"] if kind is None else of_kind(result, kind)
+    return sorted(records, key=lambda record: places.get(record["name"], len(places)))
 
 
 def tokens_are_right(result: Record) -> bool:

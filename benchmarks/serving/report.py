@@ -9,13 +9,14 @@ from typing import Any
 
 from benchmarks.files import write_text
 from benchmarks.measure import rows_of
-from benchmarks.records import Record, check_timed, of_kind, read_kind, table, tokens
+from benchmarks.records import Record, check_timed, read_kind, table, tokens
 from benchmarks.report import written
 from benchmarks.serving.cases import BASELINE, EXACT, preset
 from benchmarks.serving.figure import draw
 from benchmarks.serving.findings import (
     beside,
     first_tokens,
+    in_order,
     mean_score,
     middle,
     prompt_name,
@@ -59,7 +60,7 @@ def markdown(result: Record, pictures: Sequence[str] = ()) -> str:
 def answers_section(result: Record) -> list[str]:
     """Of each engine: prompts that are equal, those that part at near ties, those that part elsewhere; the gate."""
     rows = []
-    for record in of_kind(result, "answers"):
+    for record in in_order(result, "answers"):
         differences = [answer.get("difference") for answer in record["answers"]]
         near = sum(one is not None and one["near_tie"] for one in differences)
         gate = [row["gate"]["passed"] for row in rows_of(record)]
@@ -105,7 +106,7 @@ def _again(read: Record | None) -> str:
 def differences_section(result: Record) -> list[str]:
     """Every prompt of an engine without a selection that parts from the baseline, with both two best tokens there."""
     rows = []
-    for record in of_kind(result, "answers"):
+    for record in in_order(result, "answers"):
         for answer in record["answers"]:
             one = answer.get("difference")
             if one is None or record["case"]["contestant"] not in (BASELINE, EXACT):
@@ -115,7 +116,7 @@ def differences_section(result: Record) -> list[str]:
             rows.append((record["name"], what, one["place"], *sides, "yes" if one["near_tie"] else "**no**"))
     if not rows:
         return []
-    bounds = {f"{record['near_tie_bound']:.3g}" for record in of_kind(result, "answers") if "near_tie_bound" in record}
+    bounds = {f"{record['near_tie_bound']:.3g}" for record in in_order(result, "answers") if "near_tie_bound" in record}
     head = ("engine", "prompt", "token", "baseline's two best", "its own", f"near tie (gap below {', '.join(bounds)})")
     return table(head, rows)
 
@@ -138,7 +139,7 @@ def accuracy_section(result: Record) -> list[str]:
 
 
 def _scores(result: Record, by: str, name: Callable[[Any], str]) -> list[str]:
-    records = of_kind(result, "answers")
+    records = in_order(result, "answers")
     asked = [answer[by] for record in records[:1] for answer in record["answers"] if answer["asked"] == "mixed"]
     found = sorted(set(asked))
     rows = [(record["name"], *(_percent(mean_score(record, **{by: one})) for one in found)) for record in records]
@@ -148,7 +149,7 @@ def _scores(result: Record, by: str, name: Callable[[Any], str]) -> list[str]:
 def ttft_section(result: Record) -> list[str]:
     """Median times by length; speedups only where the tokens of the plugin's dense engine were right."""
     right = tokens_are_right(result)
-    timed = [(record, prompt) for record in of_kind(result, "ttft") for prompt in record["prompts"]]
+    timed = [(record, prompt) for record in in_order(result, "ttft") for prompt in record["prompts"]]
     rows = []
     for record, prompt in sorted(timed, key=lambda one: one[1]["length"]):
         speedups = times_dense(result, record, prompt).values()
@@ -171,7 +172,7 @@ def ttft_section(result: Record) -> list[str]:
 def checked_section(result: Record) -> list[str]:
     """First tokens of the timed model as it is, beside those of the baseline with the same chunks."""
     rows = []
-    for record in of_kind(result, "ttft"):
+    for record in in_order(result, "ttft"):
         base = beside(result, record, BASELINE)
         found = None if base is None or base is record else first_tokens(base, record)
         if found is not None:
@@ -183,7 +184,7 @@ def checked_section(result: Record) -> list[str]:
 def decode_section(result: Record) -> list[str]:
     """Milliseconds of a step of all requests together."""
     rows = []
-    for record in of_kind(result, "ttft"):
+    for record in in_order(result, "ttft"):
         decode, found = record["decode"], step_ms(record)
         if found is not None:
             spread = f"{found[1]:.2f}-{found[2]:.2f}"
@@ -195,7 +196,7 @@ def decode_section(result: Record) -> list[str]:
 def engines_section(result: Record) -> list[str]:
     """What ran, engine by engine, what was tried to get a density, and what of vLLM was not there."""
     rows, tried, missing = [], [], set()
-    for record in result["cases"]:
+    for record in in_order(result):
         if record["status"] != "ok":
             continue
         engine = record["engine"]
