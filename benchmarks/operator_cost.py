@@ -73,8 +73,8 @@ def measured(device: str, calls: int) -> dict[str, Any]:
     per_round = max(1, calls // ROUNDS)
     for name, arguments in stage_calls(device).items():
         stage, operator = getattr(compactattn, name), getattr(torch.ops.compactattn, name).default
-        given = operators.apart(name, arguments)
-        eager, through = fastest_us([lambda: stage(**arguments), lambda: operator(**given)], per_round)  # noqa: B023
+        given = tuple(operators.apart(name, arguments).values())
+        eager, through = fastest_us([lambda: stage(**arguments), lambda: operator(*given)], per_round)  # noqa: B023
         stages[name] = {"eager_us": eager, "operator_us": through, "operator_adds_us": through - eager}
     return {"device": device, "eager_adds_us": flag, "goal_us": GOAL_US, "stages": stages}
 

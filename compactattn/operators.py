@@ -11,8 +11,9 @@ results follow from shapes and host integers alone, so a graph serves other leng
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,12 +33,12 @@ class Part:
     Attributes:
         schema: the operator's own arguments that it becomes.
         apart: from the stage's argument to those, by name.
-        together: from all of the operator's arguments, by name, back to the stage's one.
+        together: from those, in the schema's order, back to the stage's one.
     """
 
     schema: str
     apart: Callable[[Any], Given]
-    together: Callable[[Given], Any]
+    together: Callable[..., Any]
 
 
 def _names(schema: str) -> list[str]:
@@ -47,23 +48,20 @@ def _names(schema: str) -> list[str]:
 def _plain(schema: str) -> Part:
     """A tensor, a number or a flag as it is."""
     name = _names(schema)[0]
-    return Part(schema, lambda value: {name: value}, lambda given: given[name])
+    return Part(schema, lambda value: {name: value}, lambda value: value)
 
 
 def _record(kind: type, schema: str) -> Part:
-    """A record by those of its fields that the schema names."""
+    """A record by its fields, which the schema names in their order."""
     names = _names(schema)
-    return Part(
-        schema,
-        lambda record: {name: getattr(record, name) for name in names},
-        lambda given: kind(**{name: given[name] for name in names}),
-    )
+    assert names == [field.name for field in fields(kind)]
+    return Part(schema, lambda record: {name: getattr(record, name) for name in names}, kind)
 
 
 _BLOCKS = "SymInt block_size, SymInt query_block"
 _KV = _record(PagedKV, "Tensor k, Tensor v, Tensor page_table, Tensor? k_scale, Tensor? v_scale")
 _BATCH = _record(
-    PrefillBatch, "Tensor cu_seqlens_q, Tensor seq_lens, Tensor? prompt_lens, SymInt max_q_len, SymInt max_seq_len"
+    PrefillBatch, "Tensor cu_seqlens_q, Tensor seq_lens, SymInt max_q_len, SymInt max_seq_len, Tensor? prompt_lens"
 )
 _SELECTION = _record(SelectionMask, f"Tensor mask, {_BLOCKS}, SymInt dense_last_blocks, SymInt? kv_heads")
 _GROUPS = _record(GroupMask, f"Tensor keep, Tensor rows, {_BLOCKS}")
@@ -80,12 +78,19 @@ def _means_apart(summary: KVSummary | None) -> Given:
     return {**means, **gate}
 
 
-def _means_together(given: Given) -> KVSummary | None:
-    if given["k_mean"] is None:
+def _means_together(
+    k_mean: Tensor | None,
+    v_mean: Tensor | None,
+    gate_keys: Tensor | None,
+    k_bounds: Tensor | None,
+    gate_inv_freq: Tensor | None,
+    gate_scale: float,
+    unit: int,
+) -> KVSummary | None:
+    if k_mean is None:
         return None
-    keys = (given["gate_keys"], given["gate_inv_freq"], given["gate_scale"])
-    gate = None if keys[0] is None else GateKeys(*keys)
-    return KVSummary(given["k_mean"], given["v_mean"], given["unit"], gate, given["k_bounds"])
+    gate = None if gate_keys is None or gate_inv_freq is None else GateKeys(gate_keys, gate_inv_freq, gate_scale)
+    return KVSummary(k_mean, v_mean, unit, gate, k_bounds)
 
 
 def _means(written: bool) -> Part:
@@ -121,12 +126,23 @@ def _selector_apart(selector: Selector) -> Given:
     }
 
 
-def _selector_together(given: Given) -> Selector:
-    names = _selector_fields(given["kind"], len(given["numbers"]) > 0)
-    fields = dict(zip((*names[0], *names[1]), (*given["numbers"], *given["integers"]), strict=True))
-    if given["weights"] is not None:
-        fields |= {"weights": given["weights"], "inv_freq": given["inv_freq"]}
-    return _KINDS[given["kind"]](**fields)
+def _selector_together(
+    kind: str, numbers: list[float], integers: list[int], weights: Tensor | None, inv_freq: Tensor | None
+) -> Selector:
+    if weights is None or inv_freq is None:
+        return _selector(kind, tuple(numbers), tuple(integers))
+    return SeerGate(weights=weights, inv_freq=inv_freq, **_selector_values(kind, numbers, integers))
+
+
+@functools.lru_cache(maxsize=256)
+def _selector(kind: str, numbers: tuple[float, ...], integers: tuple[int, ...]) -> Selector:
+    """A selector without tensors, which is made and checked once."""
+    return _KINDS[kind](**_selector_values(kind, numbers, integers))
+
+
+def _selector_values(kind: str, numbers: Sequence[float], integers: Sequence[int]) -> Given:
+    names = _selector_fields(kind, len(numbers) > 0)
+    return dict(zip((*names[0], *names[1]), (*numbers, *integers), strict=True))
 
 
 _SELECTOR = Part(
@@ -137,19 +153,19 @@ _SELECTOR = Part(
 _HEADS = Part(
     "SymInt? heads_per_group",
     lambda heads: {"heads_per_group": None if heads == "auto" else heads},
-    lambda given: "auto" if given["heads_per_group"] is None else given["heads_per_group"],
+    lambda heads: "auto" if heads is None else heads,
 )
 _SPAN = Part(
     "SymInt? query_blocks_per_span, bool any_span",
     lambda span: {"query_blocks_per_span": None if span == "auto" else span, "any_span": span == "auto"},
-    lambda given: "auto" if given["any_span"] else given["query_blocks_per_span"],
+    lambda span, any_span: "auto" if any_span else span,
 )
 _SINCE = Part(
     "Tensor? since, SymInt? since_all",
     lambda since: (
         {"since": since, "since_all": None} if isinstance(since, Tensor) else {"since": None, "since_all": since}
     ),
-    lambda given: given["since_all"] if given["since"] is None else given["since"],
+    lambda since, since_all: since_all if since is None else since,
 )
 
 
@@ -256,7 +272,7 @@ _SCALE, _BACKEND, _WINDOW = (
     {_names(schema)[0]: _plain(schema)} for schema in ("float? scale", "str? backend", "SymInt? window")
 )
 #: by another name, because Dynamo takes no views with gaps for what an operator calls `out`
-_OUT = {"out": Part("Tensor(z!) written", lambda out: {"written": out}, lambda given: given["written"])}
+_OUT = {"out": Part("Tensor(z!) written", lambda out: {"written": out}, lambda written: written)}
 _FEATURES = {"softcap": _plain("float? softcap"), **_WINDOW, "sinks": _plain("Tensor? sinks")}
 _RESULT = {"return_lse": _plain("bool return_lse"), **_OUT, **_BACKEND}
 
@@ -346,11 +362,11 @@ _OPERATORS = {
 
 
 def apart(name: str, arguments: Given) -> Given:
-    """The arguments of `torch.ops.compactattn.<name>`, by name, for those of the stage."""
+    """The arguments of `torch.ops.compactattn.<name>`, by name and in order, for those of the stage."""
     given: Given = {}
     for argument, part in _OPERATORS[name].parts.items():
         given.update(part.apart(arguments[argument]))
-    return given
+    return {key: given[key] for key in _ORDER[name]}
 
 
 def call(name: str, **arguments: Any) -> Any:
@@ -366,28 +382,35 @@ def call(name: str, **arguments: Any) -> Any:
     for key in ("q", "k", "v", "sinks", "out_a", "lse_a", "out_b", "lse_b"):
         if isinstance(given.get(key), Tensor) and given[key].requires_grad and torch.is_grad_enabled():
             raise fail(key, "a tensor without gradients (inference only)", "requires_grad=True under grad mode")
-    result = getattr(torch.ops.compactattn, name)(**given)
+    result = getattr(torch.ops.compactattn, name)(*given.values())
     if wanted is not None and wanted is not arguments["out"]:
         arguments["out"] = wanted.copy_(arguments["out"])
     return operator.finish(arguments, result)
 
 
+#: names of each operator's arguments, as its schema has them
+_ORDER = {
+    name: [key for part in operator.parts.values() for key in _names(part.schema)]
+    for name, operator in _OPERATORS.items()
+}
 _library = torch.library.Library("compactattn", "DEF")
 
 
 def _register(name: str, operator: Operator) -> None:
     schema = ", ".join(part.schema for part in operator.parts.values())
-    names = _names(schema)
+    places, end = [], 0
+    for argument, part in operator.parts.items():
+        start, end = end, end + len(_names(part.schema))
+        places.append((argument, part.together, start, end))
 
-    def run(*args: Any, **more: Any) -> Any:
+    def run(*args: Any) -> Any:
         import compactattn
 
-        given = {**dict(zip(names, args, strict=False)), **more}
-        arguments = {argument: part.together(given) for argument, part in operator.parts.items()}
+        arguments = {argument: together(*args[start:end]) for argument, together, start, end in places}
         return operator.tensors(getattr(compactattn, name)(**arguments))
 
-    def fake(*args: Any, **more: Any) -> Any:
-        return operator.fake({**dict(zip(names, args, strict=False)), **more})
+    def fake(*args: Any) -> Any:
+        return operator.fake(dict(zip(_ORDER[name], args, strict=True)))
 
     _library.define(f"{name}({schema}) -> {operator.result}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")

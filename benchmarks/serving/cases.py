@@ -173,7 +173,7 @@ def _h200_cases() -> tuple[EngineCase, ...]:
     long_ttft = [
         EngineCase("ttft", name, settings, LONG, lengths, **timed)
         for name, settings in IN_LONG_CHUNKS.items()
-        if settings is not None  # its attention takes as long in chunks of any size
+        if settings is not None  # three minutes of GPU
     ]
     captured = [replace(case, graphs=True) for case in answers]
     decoding = [replace(case, graphs=True, lengths=(8 * K,)) for case in ttft if not case.selects]
