@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import compactattn
+from benchmarks.machine import environment
 from compactattn import DensityCounters, FlashPrefill, PagedKV, PrefillBatch, operators
 
 GOAL_US = 6.0  # per eager call
@@ -82,11 +83,13 @@ def measured(device: str, calls: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operator_cost", description=__doc__.split("\n")[0])
     parser.add_argument("--calls", type=int, default=2000, help="calls of the flag per round; stages get fewer")
+    parser.add_argument("--commit", help="what to record as the commit on a machine without git")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        print(json.dumps(measured(arguments.device, arguments.calls), indent=1))
+        found = measured(arguments.device, arguments.calls)
+    print(json.dumps({"environment": environment(arguments.device, arguments.commit), **found}, indent=1))
 
 
 if __name__ == "__main__":

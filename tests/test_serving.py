@@ -303,6 +303,9 @@ def test_equal_tokens_become_a_green_report(
     assert "| ttft-triton-q128-eager | 4 | 256 | 100.0 | 100.00-160.00 | 3 |" in words
     assert "| ttft-flashprefill-0.18-q128-eager | 1 of 1 | 0.250 |" in words
     assert "that are not in this result" not in words
+    assert report.SCALED_SAID not in words, "nothing is scaled"
+    result["cases"][-1]["prompts"][0]["factor"] = 10.0
+    assert report.SCALED_SAID in report.markdown(result)
     assert "queries and keys x 10: 10.0% read" in words
     assert "- without _C\n" in words
     assert "Where exact engines part" not in words

@@ -27,6 +27,10 @@ from benchmarks.serving.findings import (
 )
 
 ASKED = ("mixed", "cached", "cold")
+SCALED_SAID = (
+    "Queries and keys of dense engines are not scaled, and numbers alone change the time of a chunk (maybe through the "
+    "card's power): scaled prompts that no chunk could select in (-) show by how much."
+)
 
 
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
@@ -165,8 +169,13 @@ def ttft_section(result: Record) -> list[str]:
         )
     head = ("prompt", "engine", "s to the first token", "all", "x triton", "x dense", "past blocks read")
     body = table(head, rows)
-    said = "No speedups: no dense engine of the plugin has answered with a green gate in this result."
-    return body if right or not body else [*body, "", said]
+    if not body:
+        return []
+    if not right:
+        body += ["", "No speedups: no dense engine of the plugin has answered with a green gate in this result."]
+    if any(prompt["factor"] != 1 for _, prompt in timed):
+        body += ["", SCALED_SAID]
+    return body
 
 
 def checked_section(result: Record) -> list[str]:
