@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import directory_name
+from benchmarks.arguments import directory_name, seconds
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", help="comma-separated kinds: step, tables, prompt, scaling, layouts, decode, host, bounds, features"
     )
     latency.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
-    latency.add_argument("--budget-seconds", type=float, help="start no new case after so long")
-    latency.add_argument("--timing-seconds", type=float, help="time to spend on the timed loop of one case")
+    latency.add_argument("--budget-seconds", type=seconds, help="start no new case after so long")
+    latency.add_argument("--timing-seconds", type=seconds, help="time to spend on the timed loop of one case")
     latency.add_argument("--shrink", type=int, default=1, help="divide contexts and chunks (to try the code)")
     latency.add_argument("--tracebacks", action="store_true", help="print them for whatever did not run")
     _add_machine(latency)
@@ -98,8 +98,8 @@ def _add_ttft(commands: Any) -> None:
     ttft.add_argument("--out", type=directory_name, default=RESULTS, help="directory for ttft-PRESET.json")
     ttft.add_argument("--only", help="comma-separated parts of case names, or shell patterns")
     ttft.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
-    ttft.add_argument("--budget-seconds", type=float, help="start no new case after so long")
-    ttft.add_argument("--timing-seconds", type=float, help="time to spend on the timed loop of one chunk")
+    ttft.add_argument("--budget-seconds", type=seconds, help="start no new case after so long")
+    ttft.add_argument("--timing-seconds", type=seconds, help="time to spend on the timed loop of one chunk")
     ttft.add_argument("--shrink", type=int, default=1, help="divide contexts, and take small models (to try the code)")
     ttft.add_argument("--tracebacks", action="store_true", help="print them for whatever did not run")
     _add_machine(ttft)
@@ -129,7 +129,7 @@ def _add_serving(commands: Any) -> None:
     serving.add_argument("--corpus", type=Path, help="the model's, packed; default: the running Python's library")
     serving.add_argument("--only", help="comma-separated parts of case names, or shell patterns; their baseline too")
     serving.add_argument("--resume", action="store_true", help="keep the cases that the result in --out already has")
-    serving.add_argument("--budget-seconds", type=float, help="start no engine after so long")
+    serving.add_argument("--budget-seconds", type=seconds, help="start no engine after so long")
     serving.add_argument("--stand-ins", action="store_true", help="for vLLM's compiled modules, see tests/vllm/pack")
     serving.add_argument("--commit", help="what to record as the commit on a machine without git")
     serving.add_argument("--list", action="store_true", help="print the engines in order and stop")
@@ -167,7 +167,7 @@ def _add_fidelity(commands: Any) -> None:
     fidelity.add_argument("--share", help="I/N, such as 1/2: only every N-th cell from the I-th; `join` joins results")
     fidelity.add_argument("--items", type=int, help="at most so many items per task")
     fidelity.add_argument("--resume", action="store_true", help="keep the cells that the result in --out already has")
-    fidelity.add_argument("--budget-seconds", type=float, help="begin no cell that would end after so long")
+    fidelity.add_argument("--budget-seconds", type=seconds, help="begin no cell that would end after so long")
     fidelity.add_argument("--tokens-at-once", type=int, help="prompt tokens of one batch")
     _add_machine(fidelity)
     fidelity.add_argument("--list", action="store_true", help="print the plan and what it should take, and stop")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import seconds
 from benchmarks.files import write_json
 from benchmarks.latency import environment
 from benchmarks.timing import ColdCache, capture, interleaved_cuda
@@ -114,7 +115,7 @@ def main() -> int:
     """Measure this machine's GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grouping_costs", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="directory for the JSON")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on the timed loop")
+    parser.add_argument("--seconds", type=seconds, default=2.0, help="time to spend on the timed loop")
     parsed = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.grouping_costs: expected a CUDA device, got none", file=sys.stderr)

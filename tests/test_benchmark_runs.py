@@ -341,6 +341,15 @@ def test_errors_of_use_are_one_line(arguments: list[str], message: str, capsys: 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["latency", "ttft", "serving", "fidelity"])
+@pytest.mark.parametrize("given", ["nan", "inf", "0", "-1", "soon"])
+def test_a_budget_is_a_number_of_seconds(command: str, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--budget-seconds", given])
+    assert stopped.value.code == 2
+    assert f"--budget-seconds: expected a number of seconds above 0, got {given!r}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["latency"], ["fidelity"], ["join", "a.json"], ["report", "a.json"]], ids=str)
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_file_is_no_directory_for_results(
