@@ -20,7 +20,7 @@ import compactattn
 from benchmarks.machine import environment
 from compactattn import DensityCounters, FlashPrefill, PagedKV, PrefillBatch, operators
 
-GOAL_US = 6.0  # per eager call
+GOAL_US = 6.0  # per call: the flag keeps to it, operators do not
 ROUNDS = 20
 
 

@@ -34,7 +34,7 @@ class Looks:
         self.longest = max((case["chunk"] for case in cases), default=0)
 
     def of(self, record: Record) -> dict[str, Any]:
-        """Of all engines of a contestant with the same chunks: graphs change neither times nor tokens shown here."""
+        """Of all engines of a contestant with the same chunks, with graphs or without."""
         case = record["case"]
         colour, long = f"C{self.contestants.index(case['contestant']) % 10}", case["chunk"] == self.longest
         return {
