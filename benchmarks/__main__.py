@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; what was measured is written, and --resume goes on", file=sys.stderr)
+        goes_on = "; --resume goes on with what was written" if hasattr(parsed, "resume") else ""
+        print(f"{parser.prog}: interrupted{goes_on}", file=sys.stderr)
         return 130
 
 
@@ -81,10 +82,10 @@ def _given(parsed: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _latency(parsed: argparse.Namespace) -> int:
     from benchmarks import latency
-    from benchmarks.cases import matching, preset
+    from benchmarks.cases import chosen_cases, preset
 
     if parsed.list:
-        print("\n".join(case.name for case in matching(preset(parsed.preset).cases, parsed.cases, parsed.only)))
+        print("\n".join(case.name for case in chosen_cases(preset(parsed.preset), parsed.cases, parsed.only)))
         return 0
     if parsed.tracebacks:
         _show_tracebacks()
@@ -245,8 +246,13 @@ def _report(parsed: argparse.Namespace) -> int:
     else:
         from benchmarks.report import write_report
 
-    for path in write_report(parsed.result, parsed.out):
-        print(path)
+    try:
+        written = write_report(parsed.result, parsed.out)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:  # nothing else is read here
+        logging.getLogger("benchmarks").debug("report", exc_info=True)
+        got = f"one that makes no sense ({type(error).__name__}: {error})"
+        raise ValueError(f"{parsed.result}: expected a result as it was written, got {got}") from error
+    print("\n".join(map(str, written)))
     return 0
 
 
@@ -254,7 +260,7 @@ def _kind_of(path: Path) -> str | None:
     """What a result says it is; results of `latency` say nothing, and what is no result is left to their reader."""
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return result.get("kind") if isinstance(result, dict) else None
 

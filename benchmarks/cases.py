@@ -246,6 +246,20 @@ def preset(name: str) -> Preset:
     raise ValueError(f"preset: expected h200, smoke or cpu, got {name!r}")
 
 
+def chosen_cases(chosen: Preset, pattern: str | None, only: str | None = None) -> tuple[Case, ...]:
+    """The same of a preset.
+
+    Raises:
+        ValueError: a kind that does not exist, or options that leave nothing to run.
+    """
+    found = matching(chosen.cases, pattern, only)
+    if not found:
+        option = "--cases" if pattern is not None else "--only"
+        wanted = f"a part of a case's name, such as {chosen.cases[0].name}" if pattern is not None else ", ".join(KINDS)
+        raise ValueError(f"{option}: expected {wanted}, got no match")
+    return found
+
+
 def matching(cases: Sequence[Case], pattern: str | None, only: str | None = None) -> tuple[Case, ...]:
     """The cases of the kinds `only` whose name contains, or matches as a shell pattern, one of the `pattern`s.
 

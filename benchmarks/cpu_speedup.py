@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.arguments import check_counts
 from benchmarks.baselines import fused_cpu, merge_plain
 from benchmarks.cases import ONE, K, table_mask
-from benchmarks.files import write_json
+from benchmarks.files import check_place, write_json
 from benchmarks.gate import Verdict, reference_rows, sample_rows, table_tokens
 from benchmarks.machine import environment
 from benchmarks.timing import Timing, summarize_times
@@ -153,6 +154,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--chunk", type=int, default=CHUNK)
     options = parser.parse_args(arguments)
+    try:
+        check_counts(options, "rounds", "context", "chunk")
+        if options.chunk > options.context:
+            raise ValueError(f"--chunk: expected at most the context, {options.context}, got {options.chunk}")
+        if options.json is not None:
+            check_place(options.json, "--json")
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
     step = make(options.context, options.chunk)
     summary = summarize(step.kv, step.batch, block_size=SELECTOR.block_size)
     density = union_density(step, summary)

@@ -17,29 +17,40 @@ except ImportError:  # not on Windows, where nothing notices two runs of one res
     fcntl = None  # type: ignore[assignment]
 
 _claimed: dict[Path, IO[str]] = {}
+_in_the_way: set[Path] = set()
 
 
 def claim(path: Path, *, resume: bool) -> None:
     """Before a run: its directory is there and can be written to, and no other process here writes the same result.
 
-    A result that is there and not to be resumed is kept beside it, as NAME.before.
+    A result that is there and not to be resumed is kept beside it as NAME.before, once this run writes its own.
 
     Raises:
         ValueError: another process is writing the result, or it cannot be written.
         OSError: a directory that cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise ValueError(f"--out: expected a place for a file, got the directory {path}")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out: expected a directory that can be written to, got {path.parent}")
+    check_place(path)
     name = path.resolve()
     if name not in _claimed:
         _claimed[name] = _locked(path, name)
-    if path.exists() and not resume:
-        before = path.with_name(f"{path.name}.before")
-        os.replace(path, before)
-        print(f"{before}: the result that was there")
+    if resume:
+        _in_the_way.discard(name)
+    else:
+        _in_the_way.add(name)
+
+
+def check_place(path: Path, option: str = "--out") -> None:
+    """The file's directory is there, or is made, and can be written to.
+
+    Raises:
+        ValueError: a directory in the file's place, or one that cannot be written to; the message names `option`.
+        OSError: a directory that cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a place for a file, got the directory {path}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}: expected a directory that can be written to, got {path.parent}")
 
 
 def _locked(path: Path, name: Path) -> IO[str]:
@@ -63,7 +74,7 @@ def earlier(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--resume: expected a result in {path}, got no JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--resume: expected a result in {path}, got {type(found).__name__}")
@@ -71,8 +82,15 @@ def earlier(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write under another name and rename, so that nobody meets half a file."""
-    write_text(path, _laid_out(result) + "\n")
+    """Write under another name and rename, so that nobody meets half a file; the first time, see `claim`."""
+    text = _laid_out(result) + "\n"
+    if (name := path.resolve()) in _in_the_way:
+        _in_the_way.discard(name)
+        if path.exists():
+            before = path.with_name(f"{path.name}.before")
+            os.replace(path, before)
+            print(f"{before}: the result that was there")
+    write_text(path, text)
 
 
 def write_text(path: Path, text: str) -> None:

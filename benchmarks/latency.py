@@ -21,7 +21,7 @@ import torch
 from benchmarks import baselines
 from benchmarks.arguments import check_counts
 from benchmarks.bounds import bounds_field
-from benchmarks.cases import Case, Preset, matching, preset
+from benchmarks.cases import Case, Preset, chosen_cases, preset
 from benchmarks.contestants import Field, decode_field, step_field, tables_field
 from benchmarks.features import features_field
 from benchmarks.files import claim, earlier, write_json
@@ -30,6 +30,7 @@ from benchmarks.layouts import layouts_field
 from benchmarks.machine import LATENCY_SOURCES, ceilings, check_device, environment
 from benchmarks.measure import failed, measure, rows_of
 from benchmarks.prompts import measured_prompt
+from benchmarks.records import check_timed
 from benchmarks.scaling import scaling_field
 from benchmarks.workloads import WORKLOADS, Step, make_step
 
@@ -85,9 +86,7 @@ def run(options: Options) -> int:
         chosen = replace(chosen, timing_seconds=options.timing_seconds)
     device = options.device or chosen.device
     check_device(options.preset, device)
-    listed = matching(chosen.cases, options.cases, options.only)
-    if not listed:
-        raise ValueError(f"--cases: expected a part of a case's name, such as {chosen.cases[0].name}, got no match")
+    listed = chosen_cases(chosen, options.cases, options.only)
     with torch_threads(options.threads if device == "cpu" else torch.get_num_threads()):
         result, path = _measured(options, chosen, device, listed)
     from benchmarks.report_terminal import terminal_table
@@ -194,9 +193,12 @@ def opened(
     result: dict[str, Any] = {**head, "runs": [], "cases": []}
     if resume and path.exists():
         before = earlier(path)
+        if before.get("kind") == head.get("kind") and before.get("schema") == head.get("schema"):
+            check_timed(path, before)
         same = all(before.get(name) == head.get(name) for name in ("kind", "schema"))
         where = before["runs"][-1]["environment"] if same and before.get("runs") else {}
-        asked = [(name, where.get(name), here[name]) for name in ("sources", "gpu", "torch", *packages)]
+        names = ("sources", "gpu", "torch", *(name for name in ("threads",) if name in here), *packages)
+        asked = [(name, where.get(name), here[name]) for name in names]
         for name, its, wanted in [*asked, *((name, before.get(name), head[name]) for name in alike)]:
             if its != wanted:
                 raise ValueError(f"--resume: expected a result of {name} {wanted!r}, got {path} of {name} {its!r}")

@@ -84,8 +84,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operator_cost", description=__doc__.split("\n")[0])
     parser.add_argument("--calls", type=int, default=2000, help="calls of the flag per round; stages get fewer")
     parser.add_argument("--commit", help="what to record as the commit on a machine without git")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    if arguments.calls < 1:
+        parser.error(f"argument --calls: expected at least 1, got {arguments.calls}")
     torch.set_num_threads(1)
     with torch.no_grad():
         found = measured(arguments.device, arguments.calls)

@@ -78,7 +78,7 @@ def read(path: Path, command: str) -> Record:
         result = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: expected a file that can be read, got: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got: {error}") from error
     return result if isinstance(result, dict) else {}
 

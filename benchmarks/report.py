@@ -44,16 +44,17 @@ FIGURES = {"": figure, "-prompts": figure_prompts, "-roofline": figure_roofline,
 
 
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
-    """Write NAME.md and a figure per question that a result NAME.json holds; where they went, the text first."""
+    """Write a figure per question that a result NAME.json holds, then NAME.md; where they went, the text first."""
     result = load(path)
     out = path.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     held = {suffix: module for suffix, module in FIGURES.items() if module.holds(result)}
     pictures = {out / f"{path.stem}{suffix}.png": module for suffix, module in held.items()}
     text = out / f"{path.stem}.md"
-    write_text(text, markdown(result, [picture.name for picture in pictures]))
+    words = markdown(result, [picture.name for picture in pictures])
     for picture, module in pictures.items():
         module.draw(result, picture)
+    write_text(text, words)
     return text, *pictures
 
 

@@ -68,6 +68,9 @@ def save_settings(path: str | os.PathLike[str], settings: Settings, *, origin: s
         ValueError: settings that `load_settings` would refuse, or a selector that holds tensors (`SeerGate`).
         OSError: the file cannot be written.
     """
+    names = ("selector", "heads_per_group", "query_blocks_per_span")
+    if not isinstance(settings, Mapping) or any(name not in settings for name in names):
+        raise fail("settings", f"a mapping with {', '.join(names)}", repr(settings))
     layers = {}
     for number, selector in sorted(settings["selector"].items()):
         name = type(selector).__name__

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import latency
-from benchmarks.__main__ import main
+from benchmarks import latency, machine
+from benchmarks.__main__ import RESULTS, main
 from benchmarks.files import claim, earlier, write_json, write_text
 
 RUN = ["latency", "--preset", "cpu", "--only", "tables", "--shrink", "8", "--timing-seconds", "0.01"]
@@ -27,6 +30,120 @@ def test_a_result_that_is_not_resumed_is_kept(tmp_path: Path, capsys: pytest.Cap
     assert main([*RUN, "--out", str(tmp_path), "--resume"]) == 0
     assert json.loads(path.read_text())["cases"] == cases
     assert (tmp_path / "latency-cpu.json.before").read_text() == "what was there"
+
+
+def test_a_run_that_is_refused_moves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "latency-cpu.json"
+    path.write_text("what was there")
+    answers = {"--show-toplevel": str(machine.ROOT), "HEAD": "1111111"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "output", lambda *command: answers.get(command[-1], ""))
+        assert main([*RUN, "--commit", "0000000", "--out", str(tmp_path)]) == 2
+    assert "--commit: expected 1111111, as git says, got 0000000" in capsys.readouterr().err
+    assert path.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_of_a_result_that_is_resumed_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, "--out", str(tmp_path)]) == 0
+    assert main([*RUN, "--out", str(tmp_path), "--resume", "--threads", "2"]) == 2
+    assert "--resume: expected a result of threads 2, got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda result: result.update(cases=None), "expected cases to be a list, got NoneType"),
+        (lambda result: result["cases"].insert(0, None), "expected cases[0] to be an object, got NoneType"),
+        (lambda result: result.update(runs=3), "expected runs to be a list of at least one, got 3"),
+        (lambda result: result["cases"][0].pop("case"), "expected cases[0] to have case, got none"),
+        (lambda result: result["runs"][0].update(environment=None), "expected the environment of runs[0] to be"),
+    ],
+)
+def test_a_damaged_result_is_not_resumed(
+    spoil: Callable[[dict[str, Any]], object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*RUN, "--out", str(tmp_path)]) == 0
+    path = tmp_path / "latency-cpu.json"
+    result = json.loads(path.read_text())
+    spoil(result)
+    path.write_text(json.dumps(result))
+    capsys.readouterr()
+    assert main([*RUN, "--out", str(tmp_path), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert json.loads(path.read_text()) == result
+
+
+@pytest.mark.parametrize("name", ["features-h200", "serving-h200-again"])
+def test_a_report_of_what_makes_no_sense_is_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    result["cases"][0]["case"] = {}
+    path = tmp_path / "damaged.json"
+    path.write_text(json.dumps(result))
+    assert main(["report", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: expected a result as it was written, got one that makes no sense (KeyError: 'kind')" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["latency", "ttft", "serving", "fidelity"])
+def test_a_report_whose_picture_fails_leaves_no_text(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text that names a picture is there only when the picture is."""
+    for module in ("figure", "serving.report", "ttft.figure"):
+        monkeypatch.setattr(f"benchmarks.{module}.draw", _no_space)
+    monkeypatch.setattr("benchmarks.fidelity.figure.FIGURES", {"": _no_space})
+    assert main(["report", str(RESULTS / f"{kind}-h200.json"), "--out", str(tmp_path)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("command", [["report"], ["latency", "--resume"], ["join"]])
+def test_json_that_is_too_deep_is_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "latency-cpu.json"
+    path.write_text("[" * 100_000)
+    given = ["--out", str(tmp_path)] if command[0] == "latency" else [str(path)]
+    given += [str(tmp_path / "other.json"), "--out", str(tmp_path)] if command[0] == "join" else []
+    assert main([*command, *given]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("cpu_speedup", ["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (
+            "cpu_speedup",
+            ["--chunk", "5000", "--context", "4096"],
+            "--chunk: expected at most the context, 4096, got 5000",
+        ),
+        ("cpu_speedup", ["--json", "/proc/none/a.json"], "/proc/none"),
+        ("operator_cost", ["--calls", "0"], "--calls: expected at least 1, got 0"),
+        ("operator_cost", ["--device", "foo"], "invalid choice: 'foo'"),
+        ("testbed.corpus", ["--out", "/proc/none/a.zip"], "corpus: "),
+        ("fidelity.allocate", ["--out", "/proc/none"], "allocate: "),
+    ],
+)
+def test_other_commands_refuse_before_they_run(module: str, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1], timeout=60
+    )
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_two_runs_do_not_write_one_result(tmp_path: Path) -> None:
@@ -82,7 +199,10 @@ def test_an_interrupted_run_says_how_to_go_on(
 
     monkeypatch.setattr(latency, "measured_case", interrupted)
     assert main([*RUN, "--out", str(tmp_path)]) == 130
-    assert "interrupted; what was measured is written, and --resume goes on" in capsys.readouterr().err
+    assert "interrupted; --resume goes on with what was written" in capsys.readouterr().err
+    monkeypatch.setattr("benchmarks.report.write_report", interrupted)
+    assert main(["report", str(RESULTS / "features-h200.json")]) == 130
+    assert capsys.readouterr().err == "python -m benchmarks: interrupted\n"
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:

@@ -635,6 +635,10 @@ def test_shares_that_are_joined_are_the_whole_plan(
     assert {name: both[name] for name in ALIKE} == {name: whole[name] for name in ALIKE}
     assert report.markdown(both, []) == report.markdown(whole, [])
     assert main(["report", str(joined)]) == 0
+    first = paths[0].read_bytes()
+    assert main(["join", *map(str, paths), "--out", str(tmp_path / "1")]) == 0
+    assert findings.load(paths[0])["cells"] == both["cells"]
+    assert paths[0].with_name("fidelity-cpu.json.before").read_bytes() == first, "a result in the way is kept"
 
 
 OF_A_RUN = ("run", "seconds", "planned", "warms_up")

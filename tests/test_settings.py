@@ -148,6 +148,8 @@ def test_settings_that_could_not_be_read_back_are_not_written(tmp_path: Path) ->
         (SAVED | {"selector": {}}, "layers: expected an object with at least one layer"),
         (SAVED | {"selector": {-1: Dense()}}, "layers: expected layer numbers such as 0 or 17, got '-1'"),
         (SAVED | {"heads_per_group": None}, "heads_per_group: expected an int of at least 1, got None"),
+        ({}, "settings: expected a mapping with selector, heads_per_group, query_blocks_per_span, got {}"),
+        (None, "settings: expected a mapping with selector, heads_per_group, query_blocks_per_span, got None"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             save_settings(tmp_path / "a", spoiled)  # type: ignore[arg-type]

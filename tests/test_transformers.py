@@ -476,6 +476,8 @@ def test_the_end_of_the_prompt_stays_dense_where_its_length_is_known(span: int |
         assert not torch.allclose(out[first:end], dense[first:end], atol=1e-3)
     with pytest.raises(ValueError, match="dense_last_blocks: expected 0, or a forward pass inside prompt_lens"):
         logits(model("Llama"), "compactattn", ids, mask)
+    with pytest.raises(ValueError, match="prompt_lens: expected a list of ints, got int"), prompt_lens(3000):
+        pass
     with prompt_lens([TOKENS]), pytest.raises(ValueError, match="prompt_lens: expected 2 entries"):
         logits(model("Llama"), "compactattn", ids, mask)
     with (

@@ -31,6 +31,7 @@ from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import ALLOCATED, LAST_BLOCKS, OPTIONS_FILE, TEXT, Row, allocated_file
 from benchmarks.fidelity.probing import probe
 from benchmarks.fidelity.run import in_bfloat16
+from benchmarks.files import check_place
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.answers import prefill
 from benchmarks.testbed.evaluate import heldout_windows
@@ -209,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     out, began = options.out or options.weights, time.perf_counter()
     try:
         check_counts(options, "context", "chunk", "items")
+        check_place(out / OPTIONS_FILE)
         corpus = corpora.load(options.corpus)
         check_corpus(options.weights, corpus)
         device = usable_device(options.device)

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.fidelity.findings import Record, load
 from benchmarks.fidelity.plans import Stage, definition_of
-from benchmarks.files import write_json
+from benchmarks.files import claim, write_json
 from benchmarks.records import check_fields
 
 PLACE = ("row", "context", "chunk", "first", "last")
@@ -18,7 +18,9 @@ OUT_OF_MEMORY = "out of memory"  # the first words of such a cell's reason
 
 
 def join(paths: Sequence[Path], out: Path) -> Path:
-    """Write `fidelity-PRESET.json` of several results of that preset into a directory; the results stay as they are.
+    """Write `fidelity-PRESET.json` of several results of that preset into a directory.
+
+    The results stay as they are; what is in the way there, one of them maybe, is kept as `fidelity-PRESET.json.before`.
 
     A cell that failed in one and was measured in another is measured. One that failed for want of memory is left out
     and counts as not reached, because shares of one card take it from each other. Cells and runs that two results have
@@ -43,8 +45,8 @@ def join(paths: Sequence[Path], out: Path) -> Path:
     for other, path in zip(others, paths[1:], strict=True):
         joined = _both(joined, other, path)
     joined = _without_want_of_memory(joined)
-    out.mkdir(parents=True, exist_ok=True)
     target = out / f"fidelity-{joined['preset']}.json"
+    claim(target, resume=False)
     write_json(target, joined)
     return target
 

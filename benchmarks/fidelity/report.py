@@ -52,9 +52,10 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     held = {suffix: draw for suffix, draw in figure.FIGURES.items() if settings_of(result)}
     pictures = {out / f"{path.stem}{suffix}.png": draw for suffix, draw in held.items()}
     text = out / f"{path.stem}.md"
-    write_text(text, markdown(result, [picture.name for picture in pictures]))
+    words = markdown(result, [picture.name for picture in pictures])
     for picture, draw in pictures.items():
         draw(result, picture)
+    write_text(text, words)
     return text, *pictures
 
 

@@ -40,8 +40,9 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     out = path.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     text, picture = out / f"{path.stem}.md", out / f"{path.stem}.png"
-    write_text(text, markdown(result, [picture.name]))
+    words = markdown(result, [picture.name])
     draw(result, picture)
+    write_text(text, words)
     return text, picture
 
 

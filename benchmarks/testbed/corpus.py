@@ -19,6 +19,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from benchmarks.files import check_place
+
 SEPARATOR = 256
 HELDOUT_SHARE = 0.05
 # Code page tables, generated help text, what users installed, and deliberately broken inputs of a converter.
@@ -232,8 +234,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.corpus", description="Pack the corpus.")
     parser.add_argument("--out", type=Path, required=True, help="the zip file to write")
     options = parser.parse_args(arguments)
-    corpus = load()
-    pack(corpus, options.out)
+    try:
+        check_place(options.out)
+        corpus = load()
+        pack(corpus, options.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"corpus: {error}") from error
     print(corpus.statistics())
 
 

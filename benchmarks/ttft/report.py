@@ -22,9 +22,10 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     out.mkdir(parents=True, exist_ok=True)
     pictures = [out / f"{path.stem}.png"] if of_kind(result, "prompt") else []
     text = out / f"{path.stem}.md"
-    write_text(text, markdown(result, [picture.name for picture in pictures]))
+    words = markdown(result, [picture.name for picture in pictures])
     for picture in pictures:
         figure.draw(result, picture)
+    write_text(text, words)
     return text, *pictures
 
 

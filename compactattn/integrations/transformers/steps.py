@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from compactattn.data import PagedKV, PrefillBatch
-from compactattn.validation import check_int, fail
+from compactattn.validation import as_ints, check_int, fail
 
 NAME = "compactattn"  # transformers takes names with "flash" in them for FlashAttention
 
@@ -153,9 +153,10 @@ def prompt_lens(lengths: list[int] | tuple[int, ...]) -> Iterator[None]:
         ValueError: a length that is no int of at least 1. A number of lengths that is not the batch's, or a length
             below the tokens seen so far at a chunk of several tokens, is refused by that forward pass.
     """
-    for b, length in enumerate(lengths):
+    given = as_ints("prompt_lens", lengths)
+    for b, length in enumerate(given):
         check_int(f"prompt_lens[{b}]", length, 1)
-    before = _prompt_lens.set(tuple(lengths))
+    before = _prompt_lens.set(tuple(given))
     try:
         yield
     finally:
