@@ -329,11 +329,11 @@ def test_the_figure_tells_contestants_and_chunks_apart(engines: Engines, tmp_pat
     run.run(run.Options("cpu", tmp_path))
     result = read_kind(tmp_path / "serving-cpu.json", "serving", 1)
     timed = [record for record in result["cases"] if record["case"]["kind"] == "ttft"]
-    captured = copy.deepcopy(timed[0])
-    captured["case"]["graphs"] = True
+    captured, spoken = copy.deepcopy(timed[0]), copy.deepcopy(result["cases"][1])
+    captured["case"]["graphs"] = spoken["case"]["graphs"] = True
     scaled = [{**prompt, "factor": 10.0, "seconds": [7.0]} for prompt in timed[1]["prompts"]]
     timed[1]["prompts"] += scaled
-    result["cases"].append(captured)
+    result["cases"] += [captured, spoken]
     shown = figure.times_shown(result)
     assert [record["name"] for record, _ in shown] == [record["name"] for record in timed], "none with graphs"
     assert shown[0][1] == [(n, middle({"seconds": [n / 1e3, 1.0]})) for n in (256, 512)]
