@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument(
         "--out", type=directory_name, help="directory for .md and .png files (default: beside the result)"
     )
+    report.add_argument("--tracebacks", action="store_true", help="print one for a result that makes no sense")
     report.set_defaults(run=_report)
     sources = commands.add_parser("sources", help="the hash of this checkout's sources, as results record it")
     kinds = ("latency", "ttft", "serving", "fidelity")
@@ -234,6 +235,8 @@ def _join(parsed: argparse.Namespace) -> int:
 
 def _report(parsed: argparse.Namespace) -> int:
     _check_installed("report", "matplotlib", "bench")
+    from benchmarks.records import sensible
+
     kind = _kind_of(parsed.result)
     if kind == "ttft":
         from benchmarks.ttft.report import write_report
@@ -246,12 +249,10 @@ def _report(parsed: argparse.Namespace) -> int:
     else:
         from benchmarks.report import write_report
 
-    try:
+    if parsed.tracebacks:
+        _show_tracebacks()
+    with sensible(str(parsed.result)):
         written = write_report(parsed.result, parsed.out)
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:  # nothing else is read here
-        logging.getLogger("benchmarks").debug("report", exc_info=True)
-        got = f"one that makes no sense ({type(error).__name__}: {error})"
-        raise ValueError(f"{parsed.result}: expected a result as it was written, got {got}") from error
     print("\n".join(map(str, written)))
     return 0
 

@@ -247,16 +247,17 @@ def preset(name: str) -> Preset:
 
 
 def chosen_cases(chosen: Preset, pattern: str | None, only: str | None = None) -> tuple[Case, ...]:
-    """The same of a preset.
+    """The cases of a preset of the kinds `only` whose name contains, or matches, one of the `pattern`s; see `matching`.
 
     Raises:
         ValueError: a kind that does not exist, or options that leave nothing to run.
     """
     found = matching(chosen.cases, pattern, only)
     if not found:
-        option = "--cases" if pattern is not None else "--only"
-        wanted = f"a part of a case's name, such as {chosen.cases[0].name}" if pattern is not None else ", ".join(KINDS)
-        raise ValueError(f"{option}: expected {wanted}, got no match")
+        if pattern is None:
+            raise ValueError(f"--only: expected some of {', '.join(KINDS)}, got no match")
+        among = matching(chosen.cases, None, only) or chosen.cases
+        raise ValueError(f"--cases: expected a part of a case's name, such as {among[0].name}, got no match")
     return found
 
 

@@ -156,8 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_counts(options, "rounds", "context", "chunk")
-        if options.chunk > options.context:
-            raise ValueError(f"--chunk: expected at most the context, {options.context}, got {options.chunk}")
+        if options.chunk >= options.context:
+            raise ValueError(f"--chunk: expected less than the context, {options.context}, got {options.chunk}")
         if options.json is not None:
             check_place(options.json, "--json")
     except (ValueError, OSError) as error:

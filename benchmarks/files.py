@@ -23,14 +23,14 @@ _in_the_way: set[Path] = set()
 def claim(path: Path, *, resume: bool) -> None:
     """Before a run: its directory is there and can be written to, and no other process here writes the same result.
 
-    A result that is there and not to be resumed is kept beside it as NAME.before, once this run writes its own.
+    A result that is there and not to be resumed is kept beside it as NAME.before, when this run first writes its own.
 
     Raises:
         ValueError: another process is writing the result, or it cannot be written.
         OSError: a directory that cannot be made.
     """
-    check_place(path)
     name = path.resolve()
+    check_place(name)
     if name not in _claimed:
         _claimed[name] = _locked(path, name)
     if resume:
@@ -83,14 +83,14 @@ def earlier(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write under another name and rename, so that nobody meets half a file; the first time, see `claim`."""
-    text = _laid_out(result) + "\n"
-    if (name := path.resolve()) in _in_the_way:
-        _in_the_way.discard(name)
-        if path.exists():
-            before = path.with_name(f"{path.name}.before")
-            os.replace(path, before)
-            print(f"{before}: the result that was there")
-    write_text(path, text)
+    text, name = _laid_out(result) + "\n", path.resolve()
+    if name in _in_the_way and name.exists():
+        before = name.with_name(f"{name.name}.before")
+        with replacing(before) as file:  # a copy: what is there stays until the new one takes its place
+            file.write(name.read_bytes())
+        print(f"{before}: the result that was there")
+    write_text(name, text)
+    _in_the_way.discard(name)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.arguments import seconds
-from benchmarks.files import write_json
+from benchmarks.files import claim, write_json
 from benchmarks.latency import environment
 from benchmarks.timing import ColdCache, capture, interleaved_cuda
 from compactattn import BlockTable, PagedKV, PrefillBatch, attend
@@ -120,10 +120,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.grouping_costs: expected a CUDA device, got none", file=sys.stderr)
         return 2
-    measured = measure(parsed.seconds)
     name = torch.cuda.get_device_name()
-    parsed.out.mkdir(parents=True, exist_ok=True)
     path = parsed.out / f"grouping-costs-{name.split()[-1].lower()}.json"
+    claim(path, resume=False)
+    measured = measure(parsed.seconds)
     write_json(path, {"environment": environment("cuda"), "measured": measured})
     constants = ", ".join(f"{key}={measured[key]:.0f}" for key in ("arithmetic_ps", "bytes_ps", "row_ps"))
     print("\n".join(f"{key}: {value:.1f}" for key, value in measured.items()))

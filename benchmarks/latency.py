@@ -30,7 +30,7 @@ from benchmarks.layouts import layouts_field
 from benchmarks.machine import LATENCY_SOURCES, ceilings, check_device, environment
 from benchmarks.measure import failed, measure, rows_of
 from benchmarks.prompts import measured_prompt
-from benchmarks.records import check_timed
+from benchmarks.records import check_timed, sensible
 from benchmarks.scaling import scaling_field
 from benchmarks.workloads import WORKLOADS, Step, make_step
 
@@ -113,7 +113,7 @@ def _measured(options: Options, chosen: Preset, device: str, listed: Sequence[Ca
     started = time.perf_counter()
     path = options.out / f"latency-{options.preset}.json"
     head = {"schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL, "notes": chosen.notes}
-    result = opened(path, head, device, options.commit, resume=options.resume)
+    result = opened(path, head, device, options.commit, resume=options.resume, threads=True)
 
     def measured(case: Case) -> dict[str, Any]:
         return measured_case(case, chosen, device, cold=not options.warm)
@@ -171,6 +171,7 @@ def opened(
     patterns: Sequence[str] = LATENCY_SOURCES,
     packages: Sequence[str] = (),
     alike: Sequence[str] = (),
+    threads: bool = False,
 ) -> dict[str, Any]:
     """The result to add to, with a new run in it: empty, or when resuming with all sound cases of the one in `path`.
 
@@ -182,10 +183,11 @@ def opened(
         resume: keep what is there.
         packages: whose versions matter too, beside those of torch and the library.
         alike: what of `head` has to be the same in what is there.
+        threads: so have PyTorch's threads on the CPU.
 
     Raises:
         ValueError: another process is writing the result, or what is there comes from other sources, another card or
-            other versions, is another kind of result, or not alike.
+            other versions, is another kind of result, not alike, or damaged.
     """
     claim(path, resume=resume)
     here = environment(device, commit, patterns)
@@ -197,16 +199,21 @@ def opened(
             check_timed(path, before)
         same = all(before.get(name) == head.get(name) for name in ("kind", "schema"))
         where = before["runs"][-1]["environment"] if same and before.get("runs") else {}
-        names = ("sources", "gpu", "torch", *(name for name in ("threads",) if name in here), *packages)
-        asked = [(name, where.get(name), here[name]) for name in names]
+        names = ("sources", "gpu", "torch", *(("threads",) if threads else ()), *packages)
+        asked = [(name, where.get(name), here.get(name)) for name in names]
         for name, its, wanted in [*asked, *((name, before.get(name), head[name]) for name in alike)]:
             if its != wanted:
                 raise ValueError(f"--resume: expected a result of {name} {wanted!r}, got {path} of {name} {its!r}")
         result["runs"] = before["runs"]
-        result["cases"] = [record for record in before["cases"] if record["status"] == "ok" and not failed(record)]
+        with sensible(f"--resume: {path}"):
+            result["cases"] = [record for record in before["cases"] if record["status"] == "ok" and not failed(record)]
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    top = ceilings() if device == "cuda" else {}
-    result["runs"].append({"started": started, "environment": here, "ceilings": top, "seconds": 0.0})
+    current: dict[str, Any] = {"started": started, "environment": here, "ceilings": {}, "seconds": 0.0}
+    result["runs"].append(current)
+    if not resume:
+        write_json(path, result)  # from here on, --resume goes on with this one
+    if device == "cuda":
+        current["ceilings"] = ceilings()
     return result
 
 

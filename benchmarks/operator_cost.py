@@ -88,10 +88,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.calls < 1:
         parser.error(f"argument --calls: expected at least 1, got {arguments.calls}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: expected cpu where there is no CUDA device, got cuda")
+    try:
+        where = environment(arguments.device, arguments.commit)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     with torch.no_grad():
         found = measured(arguments.device, arguments.calls)
-    print(json.dumps({"environment": environment(arguments.device, arguments.commit), **found}, indent=1))
+    print(json.dumps({"environment": where, **found}, indent=1))
 
 
 if __name__ == "__main__":

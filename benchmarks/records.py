@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,25 @@ def check_timed(path: Path, result: Record) -> None:
         raise ValueError(f"{path}: expected cases to be a list, got {type(result['cases']).__name__}")
     for n, record in enumerate(result["cases"]):
         check_fields(path, record, ("name", "case", "status"), f"cases[{n}]")
+        if not isinstance(record["name"], str):
+            raise ValueError(f"{path}: expected cases[{n}] to have a name, got {record['name']!r:.40}")
+        if record.get("run", 0) not in range(len(result["runs"])):
+            raise ValueError(f"{path}: expected cases[{n}] to be of a run that is there, got {record['run']!r:.40}")
+
+
+@contextmanager
+def sensible(what: str) -> Iterator[None]:
+    """Where a result is read: what a damaged one does to its reader becomes one line that begins with `what`.
+
+    Raises:
+        ValueError: something is missing in the middle of a result, or of another type.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        logging.getLogger("benchmarks").debug(what, exc_info=True)
+        got = f"one that makes no sense ({type(error).__name__}: {error})"
+        raise ValueError(f"{what}: expected a result as it was written, got {got}") from error
 
 
 def check_runs(path: Path, result: Record, names: Iterable[str]) -> None:

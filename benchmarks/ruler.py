@@ -30,6 +30,7 @@ from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import Row
 from benchmarks.files import claim, earlier, write_json
 from benchmarks.machine import FIDELITY_SOURCES, environment
+from benchmarks.records import sensible
 from benchmarks.ruler_report import RULER_TASKS, table_lines
 from benchmarks.testbed.tokenizer import save_byte_tokenizer
 
@@ -171,13 +172,16 @@ def _opened(options: Options, alpha: float, chosen: dict[str, Row], methods: Met
         for name, ours in (("settings", settings), ("kind", KIND), ("schema", SCHEMA)):
             if before.get(name) != ours:
                 raise ValueError(f"--resume: expected a result of {name} {ours}, got {path} of {before.get(name)}")
-        for name in ("sources", "gpu", "torch"):
-            if before["environment"].get(name) != here[name]:
-                got = before["environment"].get(name)
-                raise ValueError(f"--resume: expected a result of {name} {here[name]!r}, got {path} of {got!r}")
-        result["cells"] = before["cells"]
-        result["absent"] = {name: why for name, why in before["absent"].items() if name not in chosen}
+        with sensible(f"--resume: {path}"):
+            for name in ("sources", "gpu", "torch"):
+                if before["environment"].get(name) != here[name]:
+                    got = before["environment"].get(name)
+                    raise ValueError(f"--resume: expected a result of {name} {here[name]!r}, got {path} of {got!r}")
+            result["cells"] = before["cells"]
+            result["absent"] = {name: why for name, why in before["absent"].items() if name not in chosen}
     result["absent"] |= {row.name: why for row in chosen.values() if (why := methods.why_not(row)) is not None}
+    if not options.resume:
+        write_json(path, result)  # from here on, --resume goes on with this one
     return result
 
 

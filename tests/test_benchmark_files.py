@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import latency, machine
+from benchmarks import files, latency, machine
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.files import claim, earlier, write_json, write_text
 
@@ -44,6 +44,41 @@ def test_a_run_that_is_refused_moves_nothing(tmp_path: Path, capsys: pytest.Capt
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_interrupted_run_is_what_is_resumed(tmp_path: Path) -> None:
+    """What the first case of a run interrupts is not what was there before."""
+    assert main([*RUN, "--out", str(tmp_path)]) == 0
+    path = tmp_path / "latency-cpu.json"
+    old = path.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "measured_case", _interrupted)
+        assert main([*RUN, "--out", str(tmp_path)]) == 130
+    assert json.loads(path.read_text())["cases"] == []
+    assert path.with_name("latency-cpu.json.before").read_bytes() == old
+    assert main([*RUN, "--out", str(tmp_path), "--resume"]) == 0
+    assert [record["run"] for record in json.loads(path.read_text())["cases"]] == [1]
+
+
+def test_a_result_in_the_way_stays_until_the_new_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a link stays a link: the file that it leads to is the result, and keeps its lock."""
+    real, link = tmp_path / "real" / "r.json", tmp_path / "latency-cpu.json"
+    real.parent.mkdir()
+    real.write_text("what was there")
+    link.symlink_to(real)
+    claim(link, resume=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "write_text", _no_space)
+        with pytest.raises(OSError, match="No space left"):
+            write_json(link, {"cases": [1]})
+    assert real.read_text() == "what was there"
+    write_json(link, {"cases": [1]})
+    write_json(link, {"cases": [2]})
+    assert link.is_symlink()
+    assert json.loads(real.read_text()) == {"cases": [2]}
+    assert real.with_name("r.json.before").read_text() == "what was there"
+
+
 def test_threads_of_a_result_that_is_resumed_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, "--out", str(tmp_path)]) == 0
     assert main([*RUN, "--out", str(tmp_path), "--resume", "--threads", "2"]) == 2
@@ -58,6 +93,10 @@ def test_threads_of_a_result_that_is_resumed_are_the_same(tmp_path: Path, capsys
         (lambda result: result.update(runs=3), "expected runs to be a list of at least one, got 3"),
         (lambda result: result["cases"][0].pop("case"), "expected cases[0] to have case, got none"),
         (lambda result: result["runs"][0].update(environment=None), "expected the environment of runs[0] to be"),
+        (lambda result: result["cases"][0].update(name=[]), "expected cases[0] to have a name, got []"),
+        (lambda result: result["cases"][0].update(run="a"), "expected cases[0] to be of a run that is there, got 'a'"),
+        (lambda result: result["cases"][0].update(rows=3), "got one that makes no sense (TypeError: "),
+        (lambda result: result["cases"][0]["rows"][0].pop("gate"), "got one that makes no sense (KeyError: 'gate')"),
     ],
 )
 def test_a_damaged_result_is_not_resumed(
@@ -104,6 +143,10 @@ def test_a_report_whose_picture_fails_leaves_no_text(
     assert list(tmp_path.iterdir()) == []
 
 
+def _interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -126,14 +169,14 @@ def test_json_that_is_too_deep_is_one_line(
         ("cpu_speedup", ["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (
             "cpu_speedup",
-            ["--chunk", "5000", "--context", "4096"],
-            "--chunk: expected at most the context, 4096, got 5000",
+            ["--chunk", "4096", "--context", "4096"],
+            "--chunk: expected less than the context, 4096, got 4096",
         ),
         ("cpu_speedup", ["--json", "/proc/none/a.json"], "/proc/none"),
         ("operator_cost", ["--calls", "0"], "--calls: expected at least 1, got 0"),
         ("operator_cost", ["--device", "foo"], "invalid choice: 'foo'"),
-        ("testbed.corpus", ["--out", "/proc/none/a.zip"], "corpus: "),
-        ("fidelity.allocate", ["--out", "/proc/none"], "allocate: "),
+        ("testbed.corpus", ["--out", "/proc/none/a.zip"], "corpus: [Errno 2] No such file or directory: '/proc/none'"),
+        ("fidelity.allocate", ["--out", "/proc/none"], "allocate: [Errno 2] No such file or directory: '/proc/none'"),
     ],
 )
 def test_other_commands_refuse_before_they_run(module: str, arguments: list[str], message: str) -> None:
@@ -194,13 +237,10 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, monkey
 def test_an_interrupted_run_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(latency, "measured_case", interrupted)
+    monkeypatch.setattr(latency, "measured_case", _interrupted)
     assert main([*RUN, "--out", str(tmp_path)]) == 130
     assert "interrupted; --resume goes on with what was written" in capsys.readouterr().err
-    monkeypatch.setattr("benchmarks.report.write_report", interrupted)
+    monkeypatch.setattr("benchmarks.report.write_report", _interrupted)
     assert main(["report", str(RESULTS / "features-h200.json")]) == 130
     assert capsys.readouterr().err == "python -m benchmarks: interrupted\n"
 

@@ -329,7 +329,8 @@ def test_a_spent_budget_is_reported(tmp_path: Path) -> None:
         (["latency", "--preset", "cpu", "--threads", "0"], "--threads: expected at least 1, got 0"),
         (["latency", "--preset", "cpu", "--threads", "100000"], "--threads: expected at most 1024, got 100000"),
         (["latency", "--preset", "cpu", "--cases", "nothing", "--list"], "--cases: expected a part of a case's name"),
-        (["latency", "--preset", "cpu", "--only", ""], "--only: expected step, tables, "),
+        (["latency", "--preset", "cpu", "--only", ""], "--only: expected some of step, tables, "),
+        (["latency", "--cases", "step", "--only", "tables"], "a part of a case's name, such as tables-"),
         (["report", "/nowhere.json"], "got no file"),
         (["report", str(RESULTS)], "expected a file that can be read, got: Is a directory"),
         pytest.param(

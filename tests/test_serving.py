@@ -304,7 +304,13 @@ def test_equal_tokens_become_a_green_report(
     assert "| ttft-flashprefill-0.18-q128-eager | 1 of 1 | 0.250 |" in words
     assert "that are not in this result" not in words
     assert report.SCALED_SAID not in words, "nothing is scaled"
-    result["cases"][-1]["prompts"][0]["factor"] = 10.0
+    scaled = result["cases"][-1]["prompts"][0]
+    scaled["factor"] = 10.0
+    assert report.SCALED_SAID not in report.markdown(result), "nor is a prompt that could not select"
+    scaled["read"] = {"read": 0, "visible": 0}
+    exact = {**result["cases"][-1], "case": {**result["cases"][-1]["case"], "contestant": "dense"}}
+    assert report.SCALED_SAID not in report.markdown(result), "there is no dense engine to hold it against"
+    result["cases"].append(exact)
     assert report.SCALED_SAID in report.markdown(result)
     assert "queries and keys x 10: 10.0% read" in words
     assert "- without _C\n" in words

@@ -210,7 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
     out, began = options.out or options.weights, time.perf_counter()
     try:
         check_counts(options, "context", "chunk", "items")
-        check_place(out / OPTIONS_FILE)
+        if options.out is not None:
+            check_place(out / OPTIONS_FILE)
         corpus = corpora.load(options.corpus)
         check_corpus(options.weights, corpus)
         device = usable_device(options.device)

@@ -56,6 +56,7 @@ from benchmarks.fidelity.probing import probe
 from benchmarks.files import claim, earlier, write_json
 from benchmarks.latency import torch_threads
 from benchmarks.machine import FIDELITY_SOURCES, check_device, environment
+from benchmarks.records import sensible
 from benchmarks.testbed import corpus as corpora
 from benchmarks.testbed.intervals import METHODS as INTERVALS
 from benchmarks.testbed.model import WEIGHTS_DIRECTORY, file_id, load_model
@@ -201,13 +202,14 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
         before = earlier(path)
         if before.get("kind") != KIND or before.get("schema") != SCHEMA:
             raise ValueError(f"--resume: expected a fidelity result of schema {SCHEMA}, got another in {path}")
-        check_alike("--resume", result, before, path)
-        measured = {cell["row"] for cell in before["cells"] if cell["status"] == "ok"}
-        rows = json.loads(json.dumps({row.name: row.as_json() for row in chosen.rows}))
-        check_rows("--resume", rows, {name: before["rows"][name] for name in measured & rows.keys()}, path)
-        result = before | {"protocol": PROTOCOL, "model": joined_model(before["model"], result["model"])}
-        result["runs"] = [*before["runs"], current]
-        result["cells"] = _kept(before["cells"], result["model"]["gate"])
+        with sensible(f"--resume: {path}"):
+            check_alike("--resume", result, before, path)
+            measured = {cell["row"] for cell in before["cells"] if cell["status"] == "ok"}
+            rows = json.loads(json.dumps({row.name: row.as_json() for row in chosen.rows}))
+            check_rows("--resume", rows, {name: before["rows"][name] for name in measured & rows.keys()}, path)
+            result = before | {"protocol": PROTOCOL, "model": joined_model(before["model"], result["model"])}
+            result["runs"] = [*before["runs"], current]
+            result["cells"] = _kept(before["cells"], result["model"]["gate"])
     result["rows"] |= {row.name: row.as_json() for row in chosen.rows}
     measured = {cell["row"] for cell in result["cells"] if cell["status"] == "ok"}
     for row in chosen.rows:  # the others keep what an earlier run said of them
@@ -215,6 +217,8 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
         result["absent"].pop(row.name, None)
         if why is not None and row.name not in measured:
             result["absent"][row.name] = why
+    if not options.resume:
+        write_json(path, result)  # from here on, --resume goes on with this one
     return result
 
 

@@ -174,7 +174,8 @@ def ttft_section(result: Record) -> list[str]:
         return []
     if not right:
         body += ["", "No speedups: no dense engine of the plugin has answered with a green gate in this result."]
-    if any(prompt["factor"] != 1 for _, prompt in timed):
+    dense = any(record["case"]["contestant"] == EXACT for record, _ in timed)
+    if dense and any(p["factor"] != 1 and math.isnan(share_read(p["read"])) for _, p in timed):
         body += ["", SCALED_SAID]
     return body
 

@@ -129,7 +129,7 @@ def run(options: Options) -> int:
     path = options.out / f"ttft-{options.preset}.json"
     head = {"kind": KIND, "schema": SCHEMA, "preset": options.preset, "protocol": PROTOCOL, "notes": chosen.notes}
     with torch_threads(options.threads if chosen.device == "cpu" else torch.get_num_threads()):
-        how = {"resume": options.resume, "patterns": TTFT_SOURCES, "packages": PACKAGES}
+        how = {"resume": options.resume, "patterns": TTFT_SOURCES, "packages": PACKAGES, "threads": True}
         result = opened(path, head, chosen.device, options.commit, **how)
         bench = Bench(chosen, cases)
         run_cases(cases, bench.measured_case, result, path, chosen.budget_seconds, started)
