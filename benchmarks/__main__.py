@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -259,9 +258,11 @@ def _report(parsed: argparse.Namespace) -> int:
 
 def _kind_of(path: Path) -> str | None:
     """What a result says it is; results of `latency` say nothing, and what is no result is left to their reader."""
+    from benchmarks.files import parsed
+
     try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        result = parsed(path)
+    except (OSError, ValueError):
         return None
     return result.get("kind") if isinstance(result, dict) else None
 

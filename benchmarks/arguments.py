@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-MOST_THREADS = 1024  # PyTorch starts as many as it is told to, or crashes
+MOST = {"threads": 1024}  # PyTorch starts as many as it is told to, or crashes
 
 
 def directory_name(text: str) -> Path:
@@ -34,8 +34,8 @@ def check_counts(options: object, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-        if value is not None and name == "threads" and value > MOST_THREADS:
-            raise ValueError(f"--threads: expected at most {MOST_THREADS}, got {value}")
+        if value is not None and value > MOST.get(name, value):
+            raise ValueError(f"--{name.replace('_', '-')}: expected at most {MOST[name]}, got {value}")
 
 
 def seconds(text: str) -> float:

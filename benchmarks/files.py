@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,13 +18,10 @@ except ImportError:  # not on Windows, where nothing notices two runs of one res
     fcntl = None  # type: ignore[assignment]
 
 _claimed: dict[Path, IO[str]] = {}
-_in_the_way: set[Path] = set()
 
 
-def claim(path: Path, *, resume: bool) -> None:
+def claim(path: Path) -> None:
     """Before a run: its directory is there and can be written to, and no other process here writes the same result.
-
-    A result that is there and not to be resumed is kept beside it as NAME.before, when this run first writes its own.
 
     Raises:
         ValueError: another process is writing the result, or it cannot be written.
@@ -33,10 +31,6 @@ def claim(path: Path, *, resume: bool) -> None:
     check_place(name)
     if name not in _claimed:
         _claimed[name] = _locked(path, name)
-    if resume:
-        _in_the_way.discard(name)
-    else:
-        _in_the_way.add(name)
 
 
 def check_place(path: Path, option: str = "--out") -> None:
@@ -66,37 +60,81 @@ def _locked(path: Path, name: Path) -> IO[str]:
     return lock
 
 
+def parsed(path: Path) -> Any:
+    """The JSON in a file.
+
+    Raises:
+        ValueError: none, or one that is too deep to be read.
+        OSError: a file that cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def earlier(path: Path) -> dict[str, Any]:
     """The result that a run goes on from.
 
     Raises:
-        ValueError: no JSON object with runs.
+        ValueError: no JSON object.
     """
     try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        found = parsed(path)
+    except ValueError as error:
         raise ValueError(f"--resume: expected a result in {path}, got no JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--resume: expected a result in {path}, got {type(found).__name__}")
     return found
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write under another name and rename, so that nobody meets half a file; the first time, see `claim`."""
-    text, name = _laid_out(result) + "\n", path.resolve()
-    if name in _in_the_way and name.exists():
+def write_new(path: Path, result: dict[str, Any]) -> None:
+    """Write the first JSON of a result that goes on from no other; what is there is kept beside it as NAME.before."""
+    name = path.resolve()
+    if name.exists():
         before = name.with_name(f"{name.name}.before")
         with replacing(before) as file:  # a copy: what is there stays until the new one takes its place
             file.write(name.read_bytes())
         print(f"{before}: the result that was there")
-    write_text(name, text)
-    _in_the_way.discard(name)
+    write_json(name, result)
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write under another name and rename, so that nobody meets half a file."""
+    write_text(path, _laid_out(result) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """The same of text."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def write_beside(
+    path: Path,
+    out: Path | None,
+    markdown: Callable[[Sequence[str]], str],
+    figures: Mapping[str, Callable[[Path], None]],
+) -> tuple[Path, ...]:
+    """Write the report of a result NAME.json: its figures, then NAME.md, so that no text names a picture not there.
+
+    Args:
+        path: the result.
+        out: the directory, by default the result's.
+        markdown: the text, given the figures' file names.
+        figures: what draws NAME + suffix + ".png", by suffix.
+
+    Returns:
+        where they went, the text first.
+    """
+    out = path.parent if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {out / f"{path.stem}{suffix}.png": draw for suffix, draw in figures.items()}
+    text, words = out / f"{path.stem}.md", markdown([picture.name for picture in pictures])
+    for picture, draw in pictures.items():
+        draw(picture)
+    write_text(text, words)
+    return text, *pictures
 
 
 def _laid_out(value: object, depth: int = 0) -> str:

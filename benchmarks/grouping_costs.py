@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.arguments import seconds
-from benchmarks.files import claim, write_json
+from benchmarks.files import claim, write_new
 from benchmarks.latency import environment
 from benchmarks.timing import ColdCache, capture, interleaved_cuda
 from compactattn import BlockTable, PagedKV, PrefillBatch, attend
@@ -122,9 +122,9 @@ def main() -> int:
         return 2
     name = torch.cuda.get_device_name()
     path = parsed.out / f"grouping-costs-{name.split()[-1].lower()}.json"
-    claim(path, resume=False)
+    claim(path)
     measured = measure(parsed.seconds)
-    write_json(path, {"environment": environment("cuda"), "measured": measured})
+    write_new(path, {"environment": environment("cuda"), "measured": measured})
     constants = ", ".join(f"{key}={measured[key]:.0f}" for key in ("arithmetic_ps", "bytes_ps", "row_ps"))
     print("\n".join(f"{key}: {value:.1f}" for key, value in measured.items()))
     print(f'"{name}": GroupingCosts({constants}),')

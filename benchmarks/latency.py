@@ -24,13 +24,13 @@ from benchmarks.bounds import bounds_field
 from benchmarks.cases import Case, Preset, chosen_cases, preset
 from benchmarks.contestants import Field, decode_field, step_field, tables_field
 from benchmarks.features import features_field
-from benchmarks.files import claim, earlier, write_json
+from benchmarks.files import claim, earlier, write_json, write_new
 from benchmarks.host import measured_host
 from benchmarks.layouts import layouts_field
 from benchmarks.machine import LATENCY_SOURCES, ceilings, check_device, environment
 from benchmarks.measure import failed, measure, rows_of
 from benchmarks.prompts import measured_prompt
-from benchmarks.records import check_timed, sensible
+from benchmarks.records import check_timed, environment_of, sensible
 from benchmarks.scaling import scaling_field
 from benchmarks.workloads import WORKLOADS, Step, make_step
 
@@ -56,7 +56,8 @@ class Options:
         preset, out: which preset, and the directory of its results.
         cases: comma-separated parts of case names; None runs all.
         only: comma-separated kinds of cases; None runs all.
-        resume: keep the cases that the result in `out` already has from the same sources on the same card.
+        resume: keep the cases that the result in `out` already has from the same sources on the same card, or on as
+            many threads of the CPU.
         commit: what to write down as the commit where there is no git.
         budget_seconds, timing_seconds, device: instead of the preset's.
         shrink: divide contexts, chunks and heads, to try a preset's code on a small machine.
@@ -189,16 +190,16 @@ def opened(
         ValueError: another process is writing the result, or what is there comes from other sources, another card or
             other versions, is another kind of result, not alike, or damaged.
     """
-    claim(path, resume=resume)
+    claim(path)
     here = environment(device, commit, patterns)
     here |= {name: importlib.metadata.version(name) for name in packages}
     result: dict[str, Any] = {**head, "runs": [], "cases": []}
     if resume and path.exists():
         before = earlier(path)
-        if before.get("kind") == head.get("kind") and before.get("schema") == head.get("schema"):
-            check_timed(path, before)
         same = all(before.get(name) == head.get(name) for name in ("kind", "schema"))
-        where = before["runs"][-1]["environment"] if same and before.get("runs") else {}
+        if same:
+            check_timed(path, before)
+        where = environment_of(before) if same else {}
         names = ("sources", "gpu", "torch", *(("threads",) if threads else ()), *packages)
         asked = [(name, where.get(name), here.get(name)) for name in names]
         for name, its, wanted in [*asked, *((name, before.get(name), head[name]) for name in alike)]:
@@ -211,7 +212,7 @@ def opened(
     current: dict[str, Any] = {"started": started, "environment": here, "ceilings": {}, "seconds": 0.0}
     result["runs"].append(current)
     if not resume:
-        write_json(path, result)  # from here on, --resume goes on with this one
+        write_new(path, result)  # from here on, --resume goes on with this one
     if device == "cuda":
         current["ceilings"] = ceilings()
     return result

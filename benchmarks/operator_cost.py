@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import compactattn
+from benchmarks.arguments import check_counts
 from benchmarks.machine import environment
 from compactattn import DensityCounters, FlashPrefill, PagedKV, PrefillBatch, operators
 
@@ -86,11 +87,10 @@ def main() -> None:
     parser.add_argument("--commit", help="what to record as the commit on a machine without git")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    if arguments.calls < 1:
-        parser.error(f"argument --calls: expected at least 1, got {arguments.calls}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: expected cpu where there is no CUDA device, got cuda")
     try:
+        check_counts(arguments, "calls")
         where = environment(arguments.device, arguments.commit)
     except ValueError as error:
         parser.error(str(error))

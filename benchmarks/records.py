@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import parsed
 from benchmarks.measure import rows_of
 
 Record = dict[str, Any]
@@ -96,10 +96,10 @@ def read(path: Path, command: str) -> Record:
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a result of `python -m benchmarks {command}`, got no file")
     try:
-        result = json.loads(path.read_text())
+        result = parsed(path)
     except OSError as error:
         raise ValueError(f"{path}: expected a file that can be read, got: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got: {error}") from error
     return result if isinstance(result, dict) else {}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks import (
@@ -16,7 +17,7 @@ from benchmarks import (
     report_steps,
     report_targets,
 )
-from benchmarks.files import write_text
+from benchmarks.files import write_beside
 from benchmarks.measure import rows_of
 from benchmarks.records import Record, environment_of, kernels_of, load
 
@@ -46,19 +47,11 @@ FIGURES = {"": figure, "-prompts": figure_prompts, "-roofline": figure_roofline,
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     """Write a figure per question that a result NAME.json holds, then NAME.md; where they went, the text first."""
     result = load(path)
-    out = path.parent if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
-    held = {suffix: module for suffix, module in FIGURES.items() if module.holds(result)}
-    pictures = {out / f"{path.stem}{suffix}.png": module for suffix, module in held.items()}
-    text = out / f"{path.stem}.md"
-    words = markdown(result, [picture.name for picture in pictures])
-    for picture, module in pictures.items():
-        module.draw(result, picture)
-    write_text(text, words)
-    return text, *pictures
+    held = {suffix: partial(module.draw, result) for suffix, module in FIGURES.items() if module.holds(result)}
+    return write_beside(path, out, partial(markdown, result), held)
 
 
-def markdown(result: Record, pictures: list[str]) -> str:
+def markdown(result: Record, pictures: Sequence[str]) -> str:
     """The whole report; `pictures` are the figures' file names."""
     return written("Latency", result, SECTIONS, pictures)
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.fidelity.methods import Methods
 from benchmarks.fidelity.plans import Row
-from benchmarks.files import claim, earlier, write_json
+from benchmarks.files import claim, earlier, write_json, write_new
 from benchmarks.machine import FIDELITY_SOURCES, environment
 from benchmarks.records import sensible
 from benchmarks.ruler_report import RULER_TASKS, table_lines
@@ -163,7 +163,7 @@ def run(options: Options) -> int:
 def _opened(options: Options, alpha: float, chosen: dict[str, Row], methods: Methods, path: Path) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in ("model", "limit", "chunk", "chat_template", "dtype")}
     settings |= {"tasks": list(options.tasks or RULER_TASKS), "alpha": alpha}
-    claim(path, resume=options.resume)
+    claim(path)
     here = environment(options.device, options.commit, RULER_SOURCES)
     result: dict[str, Any] = {"kind": KIND, "schema": SCHEMA, "settings": settings, "environment": here}
     result |= {"absent": {}, "cells": []}
@@ -181,7 +181,7 @@ def _opened(options: Options, alpha: float, chosen: dict[str, Row], methods: Met
             result["absent"] = {name: why for name, why in before["absent"].items() if name not in chosen}
     result["absent"] |= {row.name: why for row in chosen.values() if (why := methods.why_not(row)) is not None}
     if not options.resume:
-        write_json(path, result)  # from here on, --resume goes on with this one
+        write_new(path, result)  # from here on, --resume goes on with this one
     return result
 
 

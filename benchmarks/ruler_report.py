@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from benchmarks.files import write_text
+from benchmarks.files import write_beside
 from benchmarks.published import PAPER_RULER
 from benchmarks.records import Record, check_fields, read_kind, table, tokens
 
@@ -43,11 +43,8 @@ def load(path: Path) -> Record:
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     """Write NAME.md; where it went."""
     result = load(path)
-    out = path.parent if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
-    text = out / f"{path.stem}.md"
-    write_text(text, "\n".join([f"# RULER, {result['settings']['model']}", "", *table_lines(result), ""]))
-    return (text,)
+    words = "\n".join([f"# RULER, {result['settings']['model']}", "", *table_lines(result), ""])
+    return write_beside(path, out, lambda pictures: words, {})
 
 
 def published_for(model: str) -> tuple[str, dict[str, dict[int, float]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from benchmarks import files, latency, machine
 from benchmarks.__main__ import RESULTS, main
-from benchmarks.files import claim, earlier, write_json, write_text
+from benchmarks.files import claim, earlier, write_json, write_new, write_text
 
 RUN = ["latency", "--preset", "cpu", "--only", "tables", "--shrink", "8", "--timing-seconds", "0.01"]
 
@@ -66,13 +67,13 @@ def test_a_result_in_the_way_stays_until_the_new_one_is_written(
     real.parent.mkdir()
     real.write_text("what was there")
     link.symlink_to(real)
-    claim(link, resume=False)
+    claim(link)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "write_text", _no_space)
         with pytest.raises(OSError, match="No space left"):
-            write_json(link, {"cases": [1]})
+            write_new(link, {"cases": [1]})
     assert real.read_text() == "what was there"
-    write_json(link, {"cases": [1]})
+    write_new(link, {"cases": [1]})
     write_json(link, {"cases": [2]})
     assert link.is_symlink()
     assert json.loads(real.read_text()) == {"cases": [2]}
@@ -117,7 +118,7 @@ def test_a_damaged_result_is_not_resumed(
 
 @pytest.mark.parametrize("name", ["features-h200", "serving-h200-again"])
 def test_a_report_of_what_makes_no_sense_is_one_line(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     result["cases"][0]["case"] = {}
@@ -127,6 +128,9 @@ def test_a_report_of_what_makes_no_sense_is_one_line(
     error = capsys.readouterr().err
     assert f"{path}: expected a result as it was written, got one that makes no sense (KeyError: 'kind')" in error
     assert error.count("\n") == 1
+    with caplog.at_level(logging.DEBUG, "benchmarks"):
+        assert main(["report", str(path), "--tracebacks"]) == 2
+    assert "Traceback" in caplog.text
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -190,8 +194,8 @@ def test_other_commands_refuse_before_they_run(module: str, arguments: list[str]
 
 
 def test_two_runs_do_not_write_one_result(tmp_path: Path) -> None:
-    claim(tmp_path / "latency-cpu.json", resume=False)
-    claim(tmp_path / "latency-cpu.json", resume=True)  # the same process
+    claim(tmp_path / "latency-cpu.json")
+    claim(tmp_path / "latency-cpu.json")  # the same process
     command = [sys.executable, "-m", "benchmarks", *RUN, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
@@ -231,7 +235,7 @@ def test_what_is_no_result_is_not_resumed(
 def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="--out: expected a directory that can be written to, got "):
-        claim(tmp_path / "latency-cpu.json", resume=False)
+        claim(tmp_path / "latency-cpu.json")
 
 
 def test_an_interrupted_run_says_how_to_go_on(

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.fidelity.findings import Record, load
 from benchmarks.fidelity.plans import Stage, definition_of
-from benchmarks.files import claim, write_json
+from benchmarks.files import claim, write_new
 from benchmarks.records import check_fields
 
 PLACE = ("row", "context", "chunk", "first", "last")
@@ -46,8 +46,8 @@ def join(paths: Sequence[Path], out: Path) -> Path:
         joined = _both(joined, other, path)
     joined = _without_want_of_memory(joined)
     target = out / f"fidelity-{joined['preset']}.json"
-    claim(target, resume=False)
-    write_json(target, joined)
+    claim(target)
+    write_new(target, joined)
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
@@ -32,7 +33,7 @@ from benchmarks.fidelity.findings import (
     settings_of,
 )
 from benchmarks.fidelity.plans import DENSE, NEEDLE_TASKS, QUOKA, TEXT
-from benchmarks.files import write_text
+from benchmarks.files import write_beside
 from benchmarks.records import table, tokens
 from benchmarks.report_targets import Target
 from benchmarks.testbed.intervals import wilson
@@ -47,16 +48,8 @@ SHORT_NAMES = {task: task.replace("niah_", "").replace("_", " ") for task in TAS
 def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     """Write NAME.md, NAME.png (accuracy against density) and NAME-bits.png (bits per byte); the text first."""
     result = load(path)
-    out = path.parent if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
-    held = {suffix: draw for suffix, draw in figure.FIGURES.items() if settings_of(result)}
-    pictures = {out / f"{path.stem}{suffix}.png": draw for suffix, draw in held.items()}
-    text = out / f"{path.stem}.md"
-    words = markdown(result, [picture.name for picture in pictures])
-    for picture, draw in pictures.items():
-        draw(result, picture)
-    write_text(text, words)
-    return text, *pictures
+    held = {suffix: partial(draw, result) for suffix, draw in figure.FIGURES.items() if settings_of(result)}
+    return write_beside(path, out, partial(markdown, result), held)
 
 
 def markdown(result: Record, pictures: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ from benchmarks.fidelity.plans import (
     shared,
 )
 from benchmarks.fidelity.probing import probe
-from benchmarks.files import claim, earlier, write_json
+from benchmarks.files import claim, earlier, write_json, write_new
 from benchmarks.latency import torch_threads
 from benchmarks.machine import FIDELITY_SOURCES, check_device, environment
 from benchmarks.records import sensible
@@ -191,7 +191,7 @@ def in_bfloat16(model: torch.nn.Module) -> None:
 
 def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSource, path: Path) -> dict[str, Any]:
     """The result to add to: a new one, or the one in `path` when resuming."""
-    claim(path, resume=options.resume)
+    claim(path)
     here = environment(chosen.device, options.commit, FIDELITY_SOURCES)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     current = {"started": started, "environment": here, "seconds": 0.0, "not_run": []}
@@ -218,7 +218,7 @@ def _opened(options: Options, chosen: Preset, methods: Methods, source: TaskSour
         if why is not None and row.name not in measured:
             result["absent"][row.name] = why
     if not options.resume:
-        write_json(path, result)  # from here on, --resume goes on with this one
+        write_new(path, result)  # from here on, --resume goes on with this one
     return result
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import write_text
+from benchmarks.files import write_beside
 from benchmarks.measure import rows_of
 from benchmarks.records import Record, check_timed, read_kind, table, tokens
 from benchmarks.report import written
@@ -37,13 +38,7 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     """Write NAME.md and NAME.png of a result NAME.json; where they went, the text first."""
     result = read_kind(path, "serving", 1)
     check_timed(path, result)
-    out = path.parent if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
-    text, picture = out / f"{path.stem}.md", out / f"{path.stem}.png"
-    words = markdown(result, [picture.name])
-    draw(result, picture)
-    write_text(text, words)
-    return text, picture
+    return write_beside(path, out, partial(markdown, result), {"": partial(draw, result)})
 
 
 def markdown(result: Record, pictures: Sequence[str] = ()) -> str:

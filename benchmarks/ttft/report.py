@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks.files import write_text
+from benchmarks.files import write_beside
 from benchmarks.published import PAPER_END_TO_END, PAPER_END_TO_END_SOURCE
 from benchmarks.records import Record, cell, check_timed, environment_of, of_kind, read_kind, table, tokens
 from benchmarks.report import written
@@ -18,18 +20,11 @@ def write_report(path: Path, out: Path | None = None) -> tuple[Path, ...]:
     """Write NAME.md and, where a prompt was measured, NAME.png of a result NAME.json; where they went."""
     result = read_kind(path, "ttft", 1)
     check_timed(path, result)
-    out = path.parent if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
-    pictures = [out / f"{path.stem}.png"] if of_kind(result, "prompt") else []
-    text = out / f"{path.stem}.md"
-    words = markdown(result, [picture.name for picture in pictures])
-    for picture in pictures:
-        figure.draw(result, picture)
-    write_text(text, words)
-    return text, *pictures
+    held = {"": partial(figure.draw, result)} if of_kind(result, "prompt") else {}
+    return write_beside(path, out, partial(markdown, result), held)
 
 
-def markdown(result: Record, pictures: list[str]) -> str:
+def markdown(result: Record, pictures: Sequence[str]) -> str:
     """The whole report; `pictures` are the figures' file names."""
     sections = (
         ("Targets", targets_section),
